@@ -1,0 +1,17 @@
+"""Invariant Point Attention for JAX and Haiku: AlphaFold 2's module, exact, faster and leaner."""
+
+from ipa_haiku.attention.api import invariant_point_attention
+from ipa_haiku.attention.base import AttentionTerms, IPAOutput, LogitScales
+from ipa_haiku.config import IPAConfig
+from ipa_haiku.folding import InvariantPointAttention
+from ipa_haiku.quat_affine import QuatAffine
+
+__all__ = [
+    "AttentionTerms",
+    "IPAConfig",
+    "IPAOutput",
+    "InvariantPointAttention",
+    "LogitScales",
+    "QuatAffine",
+    "invariant_point_attention",
+]

@@ -1,0 +1,152 @@
+"""What every implementation of the attention core shares: arguments, result, checks, constants.
+
+Shape letters, here and in the implementations:
+
+    ...  any leading batch dimensions, the same for every batched argument
+    Nq   queries (rows of `inputs_2d`)        Nk  keys (columns of `inputs_2d`)
+    H    heads                                C   scalar channels of queries and keys
+    Cv   scalar channels of values            P   points of queries and keys
+    Pv   points of values                     C_z channels of `inputs_2d`
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+# What every logit loses where query or key is masked (AF2's constant). It is large enough that
+# exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
+# gives a plain average instead of NaN.
+MASK_PENALTY = 1e5
+
+
+class LogitScales(NamedTuple):
+    """Static factors of the logit terms (Suppl. Alg. 22, line 7); the points' is in the weights.
+
+    logits = total * (scalar * q.k - 1/2 point_weights * |Q - K|^2 + pair * (z W + b) - mask term)
+    """
+
+    scalar: float
+    pair: float
+    total: float = 1.0
+
+
+class IPAInputs(NamedTuple):
+    """The array arguments of the core, in the order of `invariant_point_attention`."""
+
+    q_scalar: jax.Array  # [..., Nq, H, C]
+    k_scalar: jax.Array  # [..., Nk, H, C]
+    v_scalar: jax.Array  # [..., Nk, H, Cv]
+    q_point: jax.Array  # [..., Nq, H, P, 3] global frame
+    k_point: jax.Array  # [..., Nk, H, P, 3] global frame
+    v_point: jax.Array  # [..., Nk, H, Pv, 3] global frame
+    inputs_2d: jax.Array  # [..., Nq, Nk, C_z]
+    pair_weights: jax.Array  # [C_z, H]
+    pair_bias: jax.Array  # [H]
+    point_weights: jax.Array  # [H] softplus'ed and scaled
+    q_mask: jax.Array  # [..., Nq]
+    k_mask: jax.Array  # [..., Nk]
+
+    @property
+    def num_query(self) -> int:
+        """Number of queries, Nq."""
+        return self.q_scalar.shape[-3]
+
+    @property
+    def num_key(self) -> int:
+        """Number of keys, Nk."""
+        return self.k_scalar.shape[-3]
+
+    @property
+    def num_head(self) -> int:
+        """Number of heads, H."""
+        return self.q_scalar.shape[-2]
+
+    @property
+    def logits_dtype(self) -> jnp.dtype:
+        """float32, or float64 if any argument is: of points, logits and softmax statistics."""
+        return jnp.result_type(jnp.float32, *self)
+
+
+class AttentionTerms(NamedTuple):
+    """The attention weights and the scaled logit terms they come from, each [..., H, Nq, Nk].
+
+    The logits are the sum of the three terms and the mask term.
+    """
+
+    weights: jax.Array
+    scalar_logits: jax.Array
+    point_logits: jax.Array
+    pair_logits: jax.Array
+
+
+class IPAOutput(NamedTuple):
+    """Result of the core (Suppl. Alg. 22, lines 8 to 10, before the inverse frames of line 10)."""
+
+    scalar: jax.Array  # [..., Nq, H, Cv], dtype of v_scalar
+    point: jax.Array  # [..., Nq, H, Pv, 3] global frame, float32 (float64 if any argument is)
+    pair: jax.Array  # [..., Nq, H, C_z], dtype of inputs_2d
+    attention: AttentionTerms | None = None
+
+
+_AXES = {
+    "q_scalar": "... Nq H C",
+    "k_scalar": "... Nk H C",
+    "v_scalar": "... Nk H Cv",
+    "q_point": "... Nq H P 3",
+    "k_point": "... Nk H P 3",
+    "v_point": "... Nk H Pv 3",
+    "inputs_2d": "... Nq Nk C_z",
+    "pair_weights": "C_z H",
+    "pair_bias": "H",
+    "point_weights": "H",
+    "q_mask": "... Nq",
+    "k_mask": "... Nk",
+}
+
+
+def assert_floating(name: str, x: jax.Array) -> None:
+    """Asserts that `x` is an array of floating-point numbers, naming the argument.
+
+    Raises:
+      TypeError: if it is not an array.
+      AssertionError: if its dtype is not a floating-point one.
+    """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    chex.assert_type(x, float, custom_message=f"{name} must be floating-point, got {x.dtype}")
+
+
+def assert_shape(name: str, x: jax.Array, axes: str, expected: tuple) -> None:
+    """Asserts `x.shape == expected` (None matches any size), naming the argument and its axes.
+
+    Raises:
+      AssertionError: naming the argument, the axes, the expected and the given shape.
+    """
+    chex.assert_shape(
+        x,
+        expected,
+        custom_message=f"{name} must have shape [{axes}], here {expected}, got {tuple(x.shape)}",
+    )
+
+
+def check_inputs(inputs: IPAInputs) -> None:
+    """Asserts that every array has the dtype, rank and sizes that the arguments before it call for.
+
+    Raises:
+      TypeError: if an argument is not an array.
+      AssertionError: naming the first argument that does not fit, its axes and both shapes.
+    """
+    sizes: dict[str, int] = {"3": 3}
+    batch: tuple[int, ...] | None = None
+    for name, x in inputs._asdict().items():
+        assert_floating(name, x)
+        batched, *axes = _AXES[name].split() if "..." in _AXES[name] else ("", *_AXES[name].split())
+        if batched and batch is None:
+            batch = x.shape[: max(x.ndim - len(axes), 0)]
+        expected = (batch or ()) * bool(batched) + tuple(sizes.get(axis) for axis in axes)
+        assert_shape(name, x, _AXES[name], expected)
+        if 0 in x.shape:
+            raise AssertionError(f"{name} [{_AXES[name]}] must not be empty, got shape {x.shape}.")
+        sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))

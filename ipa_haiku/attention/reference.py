@@ -1,0 +1,106 @@
+"""The executable specification: AlphaFold 2's operations in AlphaFold 2's order.
+
+Suppl. Alg. 22, lines 7 to 10, and `InvariantPointAttention.__call__` of AF2's `folding.py`. In
+float32 every operation is AF2's own, so that XLA can give AF2's own bits; half-precision inputs
+are widened to float32 first.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ipa_haiku.attention.base import (
+    MASK_PENALTY,
+    AttentionTerms,
+    IPAInputs,
+    IPAOutput,
+    LogitScales,
+)
+
+
+def attend(
+    inputs: IPAInputs,
+    scales: LogitScales,
+    *,
+    precision: jax.lax.Precision | None = None,
+    return_attention: bool = False,
+) -> IPAOutput:
+    """Invariant point attention with every logit and every attention weight written out.
+
+    Args:
+      inputs: the array arguments, checked.
+      scales: static factors of the logit terms.
+      precision: of the matrix products over scalar and pair channels.
+      return_attention: also return the attention weights and the logit terms.
+
+    Returns:
+      `IPAOutput`, with `attention` set if asked for.
+    """
+    dtype = inputs.logits_dtype
+    wide = IPAInputs(*(x.astype(dtype) for x in inputs))
+
+    # Line 7, the three terms and the mask.
+    scalar_logits = _scalar_logits(wide, scales, precision)
+    point_logits = _point_logits(wide)
+    pair_logits = _pair_logits(wide, scales, precision)
+    logits = scalar_logits + point_logits + pair_logits
+    mask_2d = wide.q_mask[..., None, :, None] * wide.k_mask[..., None, None, :]
+    logits -= MASK_PENALTY * (1.0 - mask_2d)
+    weights = jax.nn.softmax(scales.total * logits)  # [..., H, Nq, Nk]
+
+    # Line 9.
+    v_scalar = jnp.swapaxes(wide.v_scalar, -2, -3)
+    scalar = jnp.swapaxes(jnp.matmul(weights, v_scalar, precision=precision), -2, -3)
+
+    # Line 10. A product and a sum instead of a matmul keeps points out of bfloat16 and TF32 units.
+    point = jnp.stack(
+        [
+            jnp.sum(weights[..., None] * _component(wide.v_point, d)[..., None, :, :], axis=-2)
+            for d in range(3)
+        ],
+        axis=-1,
+    )  # [..., H, Nq, Pv, 3]
+
+    # Line 8.
+    pair = jnp.einsum("...hij,...ijc->...ihc", weights, wide.inputs_2d, precision=precision)
+
+    attention = None
+    if return_attention:
+        terms = (scales.total * x for x in (scalar_logits, point_logits, pair_logits))
+        attention = AttentionTerms(weights, *terms)
+    return IPAOutput(
+        scalar=scalar.astype(inputs.v_scalar.dtype),
+        point=jnp.swapaxes(point, -3, -4),
+        pair=pair.astype(inputs.inputs_2d.dtype),
+        attention=attention,
+    )
+
+
+def _scalar_logits(
+    x: IPAInputs, scales: LogitScales, precision: jax.lax.Precision | None
+) -> jax.Array:
+    q = jnp.swapaxes(scales.scalar * x.q_scalar, -2, -3)  # [..., H, Nq, C]
+    k = jnp.swapaxes(x.k_scalar, -2, -3)  # [..., H, Nk, C]
+    return jnp.matmul(q, jnp.swapaxes(k, -2, -1), precision=precision)
+
+
+def _point_logits(x: IPAInputs) -> jax.Array:
+    squares = [
+        jnp.square(
+            _component(x.q_point, d)[..., :, None, :] - _component(x.k_point, d)[..., None, :, :]
+        )
+        for d in range(3)
+    ]  # 3 x [..., H, Nq, Nk, P]
+    weights = x.point_weights[:, None, None, None]
+    return -0.5 * jnp.sum(weights * (squares[0] + squares[1] + squares[2]), axis=-1)
+
+
+def _pair_logits(
+    x: IPAInputs, scales: LogitScales, precision: jax.lax.Precision | None
+) -> jax.Array:
+    bias = jnp.einsum("...c,ch->...h", x.inputs_2d, x.pair_weights, precision=precision)
+    return scales.pair * jnp.moveaxis(bias + x.pair_bias, -1, -3)
+
+
+def _component(points: jax.Array, d: int) -> jax.Array:
+    """x, y or z of points [..., N, H, P, 3] as [..., H, N, P]."""
+    return jnp.swapaxes(points[..., d], -2, -3)

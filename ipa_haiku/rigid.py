@@ -1,0 +1,120 @@
+"""One adapter from any frames object to plain arrays, and the two maps of points between frames.
+
+The only place that knows what frames objects look like. AF2's classes are recognised by their
+attributes, so that `alphafold` need not be installed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+
+from ipa_haiku.attention.base import assert_floating, assert_shape
+from ipa_haiku.quat_affine import QuatAffine, rot_list_to_tensor, vec_list_to_tensor
+
+_ACCEPTED = (
+    "affine must be a QuatAffine (ipa_haiku's or AlphaFold's), AlphaFold's Rigid3Array, "
+    "or a (rotation, translation) pair of arrays, got "
+)
+
+
+def to_rotation_translation(affine: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns rotation [..., N, 3, 3] and translation [..., N, 3] of any frames object.
+
+    Args:
+      affine: our `QuatAffine`, AF2's `QuatAffine`, AF2's `Rigid3Array`, or a tuple or list
+        (rotation, translation) of arrays; floating-point.
+
+    Returns:
+      Rotation and translation in the dtype and unit of `affine`. Only slices and stacks: no bit
+      of an element changes.
+
+    Raises:
+      TypeError: if `affine` is none of these.
+      AssertionError: if rotation or translation has another shape, the two have different
+        leading dimensions or number of frames, or one is not floating-point.
+    """
+    rotation, translation = _as_pair(affine)
+    assert_floating("affine's rotation", rotation)
+    assert_floating("affine's translation", translation)
+    batch = rotation.shape[:-2] or (None,)  # there is at least N
+    assert_shape("affine's rotation", rotation, "... N 3 3", (*batch, 3, 3))
+    assert_shape("affine's translation", translation, "... N 3", (*batch, 3))
+    return rotation, translation
+
+
+def _as_pair(affine: Any) -> tuple[jax.Array, jax.Array]:
+    if isinstance(affine, (tuple, list)):
+        if len(affine) == 2 and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in affine):
+            return affine[0], affine[1]
+        raise TypeError(f"{_ACCEPTED}a {type(affine).__name__} of something else.")
+    rotation, translation = getattr(affine, "rotation", None), getattr(affine, "translation", None)
+    if isinstance(rotation, list) and isinstance(translation, list):
+        return _stack(rotation, translation)
+    if hasattr(rotation, "xx") and hasattr(translation, "x"):
+        rows = [[getattr(rotation, row + column) for column in "xyz"] for row in "xyz"]
+        return _stack(rows, [getattr(translation, axis) for axis in "xyz"])
+    raise TypeError(f"{_ACCEPTED}{type(affine).__name__}.")
+
+
+def _stack(
+    rotation: Sequence[Sequence[jax.Array]], translation: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    chex.assert_equal_shape(
+        [element for row in rotation for element in row],
+        custom_message="affine's rotation must have elements of one shape",
+    )
+    chex.assert_equal_shape(
+        translation, custom_message="affine's translation must have components of one shape"
+    )
+    return rot_list_to_tensor(rotation), vec_list_to_tensor(translation)
+
+
+def apply_to_point(rotation: jax.Array, translation: jax.Array, point: jax.Array) -> jax.Array:
+    """Maps points from the local frames to the global one, in AF2's arithmetic.
+
+    Args:
+      rotation: [..., N, 3, 3].
+      translation: [..., N, 3], in the unit of `point`.
+      point: [..., N, *extra, 3], any number of dimensions between N and 3.
+
+    Returns:
+      Points of the shape of `point`.
+
+    Raises:
+      AssertionError: if `point` does not start with the dimensions of `translation` or does not
+        have three components.
+    """
+    frames, components, extra_dims = _unstack(rotation, translation, point)
+    return vec_list_to_tensor(frames.apply_to_point(components, extra_dims))
+
+
+def invert_point(rotation: jax.Array, translation: jax.Array, point: jax.Array) -> jax.Array:
+    """Maps points from the global frame to the local ones, in AF2's arithmetic.
+
+    Args:
+      rotation: [..., N, 3, 3].
+      translation: [..., N, 3], in the unit of `point`.
+      point: [..., N, *extra, 3], any number of dimensions between N and 3.
+
+    Returns:
+      Points of the shape of `point`.
+
+    Raises:
+      AssertionError: if `point` does not start with the dimensions of `translation` or does not
+        have three components.
+    """
+    frames, components, extra_dims = _unstack(rotation, translation, point)
+    return vec_list_to_tensor(frames.invert_point(components, extra_dims))
+
+
+def _unstack(
+    rotation: jax.Array, translation: jax.Array, point: jax.Array
+) -> tuple[QuatAffine, list[jax.Array], int]:
+    """Returns frames, the components of the points, and how many dimensions these add."""
+    batch = translation.shape[:-1]
+    extra = point.shape[len(batch) : -1]
+    assert_shape("point", point, "... N extra 3", (*batch, *extra, 3))
+    frames = QuatAffine(None, translation, rotation=rotation, unstack_inputs=True)
+    return frames, [point[..., i] for i in range(3)], len(extra)
