@@ -15,7 +15,7 @@ Quaternions are (real, i, j, k). A rotation is a list of three rows of three arr
 of three arrays, unless a function says "tensor": then the components are in the last dimension(s).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -65,13 +65,12 @@ def _assert_last_dim(name: str, x: jax.Array, size: int) -> None:
 
 
 def _unstack(tensor: jax.Array) -> list[jax.Array]:
-    """Splits the last dimension [..., 3] into a list of three arrays [...]."""
-    return [tensor[..., i] for i in range(3)]
+    """Splits the last dimension [..., K] into a list of K arrays [...].
 
-
-def _unstack_rotation(tensor: jax.Array) -> list[list[jax.Array]]:
-    """Splits [..., 3, 3] into three rows of three arrays [...]."""
-    return [_unstack(tensor[..., i, :]) for i in range(3)]
+    By a transposition before the slices, as in AF2's class: XLA merges plain slices with equal
+    ones around them, and the last bit of a sum of products may then come out differently.
+    """
+    return list(jnp.moveaxis(tensor, -1, 0))
 
 
 def _bilinear(table: np.ndarray, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -153,8 +152,8 @@ def quat_to_rot(normalized_quat: jax.Array) -> list[list[jax.Array]]:
       AssertionError: if the last dimension is not 4.
     """
     _assert_last_dim("normalized_quat", normalized_quat, 4)
-    elements = _bilinear(QUAT_TO_ROT.reshape(4, 4, 9), normalized_quat, normalized_quat)  # [..., 9]
-    return [[elements[..., 3 * i + j] for j in range(3)] for i in range(3)]
+    elements = _unstack(_bilinear(QUAT_TO_ROT.reshape(4, 4, 9), normalized_quat, normalized_quat))
+    return [elements[:3], elements[3:6], elements[6:]]
 
 
 def quat_multiply_by_vec(quat: jax.Array, vec: jax.Array) -> jax.Array:
@@ -188,13 +187,20 @@ def apply_rot_to_vec(
       rot: three rows of three arrays [...].
       vec: three arrays [...], or a tensor [..., 3] if `unstack`.
       unstack: whether `vec` is a tensor.
+
+    Raises:
+      AssertionError: if `vec` does not have three components.
     """
     x, y, z = _vector_components("vec", vec, unstack)
     return [row[0] * x + row[1] * y + row[2] * z for row in rot]
 
 
 def apply_inverse_rot_to_vec(rot: Rotation, vec: Vector) -> list[jax.Array]:
-    """Rotates vectors (three arrays [...]) by the inverses, that is transposes, of rotations."""
+    """Rotates vectors (three arrays [...]) by the inverses, that is transposes, of rotations.
+
+    Raises:
+      AssertionError: if `vec` does not have three components.
+    """
     return apply_rot_to_vec(_transpose(rot), vec)
 
 
@@ -207,7 +213,9 @@ def _multiply(a: Rotation, b: Rotation) -> list[list[jax.Array]]:
     return _transpose([apply_rot_to_vec(a, column) for column in _transpose(b)])
 
 
-def _vector_components(name: str, vector: Vector | jax.Array, is_tensor: bool) -> list[jax.Array]:
+def _vector_components(
+    name: str, vector: Vector | jax.Array, is_tensor: bool = False
+) -> list[jax.Array]:
     """Returns the three components of a list of three arrays or of a tensor [..., 3]."""
     if is_tensor:
         tensor = jnp.asarray(vector)
@@ -225,7 +233,7 @@ def _rotation_rows(
     if is_tensor:
         tensor = jnp.asarray(rotation)
         assert_shape(name, tensor, "... 3 3", (*tensor.shape[:-2], 3, 3))
-        return _unstack_rotation(tensor)
+        return [_unstack(row) for row in jnp.moveaxis(tensor, -2, 0)]
     lengths = [len(row) for row in rotation]
     if lengths != [3, 3, 3]:
         raise AssertionError(f"{name} must be 3 rows of 3 arrays, got rows of {lengths}.")
@@ -406,23 +414,22 @@ class QuatAffine:
 
         Returns:
           Three arrays of the same shape.
+
+        Raises:
+          AssertionError: if the points are not three arrays.
         """
         rotation, translation = self._expand_dims(extra_dims)
-        rotated = apply_rot_to_vec(rotation, point)
+        rotated = apply_rot_to_vec(rotation, _vector_components("point", point))
         return [x + t for x, t in zip(rotated, translation)]
 
     def invert_point(self, transformed_point: Vector, extra_dims: int = 0) -> list[jax.Array]:
-        """Maps points from the global frame to the local ones.
+        """Maps points from the global frame to the local ones: undoes `apply_to_point`.
 
-        Args:
-          transformed_point: three arrays [..., D1, .., Dk] with k = `extra_dims`.
-          extra_dims: how many dimensions the points have after those of the frames.
-
-        Returns:
-          Three arrays of the same shape.
+        Arguments, result and errors are those of `apply_to_point`.
         """
         rotation, translation = self._expand_dims(extra_dims)
-        shifted = [x - t for x, t in zip(transformed_point, translation)]
+        point = _vector_components("transformed_point", transformed_point)
+        shifted = [x - t for x, t in zip(point, translation)]
         return apply_inverse_rot_to_vec(rotation, shifted)
 
     def _expand_dims(self, extra_dims: int) -> tuple[list[list[jax.Array]], list[jax.Array]]:
@@ -449,7 +456,7 @@ def _flatten(affine: QuatAffine) -> tuple[tuple[tuple[Any, Any], ...], None]:
     return tuple((jax.tree_util.GetAttrKey(name), getattr(affine, name)) for name in names), None
 
 
-def _unflatten(_: None, children: Sequence[Any]) -> QuatAffine:
+def _unflatten(_: None, children: Iterable[Any]) -> QuatAffine:
     # Not through the constructor: JAX also puts placeholders that are not arrays into a pytree.
     affine = object.__new__(QuatAffine)
     affine.quaternion, affine.rotation, affine.translation = children
@@ -527,18 +534,10 @@ def make_transform_from_reference(
     """Returns the transformations that bring standard residues to the given positions.
 
     First the rotation, then the translation is to be applied: the residues' frames, and the
-    inverse of `make_canonical_transform`.
-
-    Args:
-      n_xyz: nitrogen atoms [..., 3] in Å.
-      ca_xyz: alpha carbon atoms [..., 3] in Å.
-      c_xyz: carbonyl carbon atoms [..., 3] in Å.
+    inverse of `make_canonical_transform`, whose arguments, limits and errors are the same.
 
     Returns:
       The rotation [..., 3, 3] and the translation [..., 3] in Å.
-
-    Raises:
-      AssertionError: if the shapes differ or are not [..., 3].
     """
     translation, rotation = make_canonical_transform(n_xyz, ca_xyz, c_xyz)
     return jnp.swapaxes(rotation, -1, -2), -translation

@@ -14,17 +14,18 @@ from ipa_haiku.attention.base import assert_floating, assert_shape
 from ipa_haiku.quat_affine import QuatAffine, rot_list_to_tensor, vec_list_to_tensor
 
 _ACCEPTED = (
-    "affine must be a QuatAffine (ipa_haiku's or AlphaFold's), AlphaFold's Rigid3Array, "
+    "must be a QuatAffine (ipa_haiku's or AlphaFold's), AlphaFold's Rigid3Array, "
     "or a (rotation, translation) pair of arrays, got "
 )
 
 
-def to_rotation_translation(affine: Any) -> tuple[jax.Array, jax.Array]:
+def to_rotation_translation(affine: Any, name: str = "affine") -> tuple[jax.Array, jax.Array]:
     """Returns rotation [..., N, 3, 3] and translation [..., N, 3] of any frames object.
 
     Args:
       affine: our `QuatAffine`, AF2's `QuatAffine`, AF2's `Rigid3Array`, or a tuple or list
         (rotation, translation) of arrays; floating-point.
+      name: what the caller calls them, for the errors.
 
     Returns:
       Rotation and translation in the dtype and unit of `affine`. Only slices and stacks: no bit
@@ -35,38 +36,38 @@ def to_rotation_translation(affine: Any) -> tuple[jax.Array, jax.Array]:
       AssertionError: if rotation or translation has another shape, the two have different
         leading dimensions or number of frames, or one is not floating-point.
     """
-    rotation, translation = _as_pair(affine)
-    assert_floating("affine's rotation", rotation)
-    assert_floating("affine's translation", translation)
+    rotation, translation = _as_pair(affine, name)
+    assert_floating(f"{name}'s rotation", rotation)
+    assert_floating(f"{name}'s translation", translation)
     batch = rotation.shape[:-2] or (None,)  # there is at least N
-    assert_shape("affine's rotation", rotation, "... N 3 3", (*batch, 3, 3))
-    assert_shape("affine's translation", translation, "... N 3", (*batch, 3))
+    assert_shape(f"{name}'s rotation", rotation, "... N 3 3", (*batch, 3, 3))
+    assert_shape(f"{name}'s translation", translation, "... N 3", (*batch, 3))
     return rotation, translation
 
 
-def _as_pair(affine: Any) -> tuple[jax.Array, jax.Array]:
+def _as_pair(affine: Any, name: str) -> tuple[jax.Array, jax.Array]:
     if isinstance(affine, (tuple, list)):
         if len(affine) == 2 and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in affine):
             return affine[0], affine[1]
-        raise TypeError(f"{_ACCEPTED}a {type(affine).__name__} of something else.")
+        raise TypeError(f"{name} {_ACCEPTED}a {type(affine).__name__} of something else.")
     rotation, translation = getattr(affine, "rotation", None), getattr(affine, "translation", None)
     if isinstance(rotation, list) and isinstance(translation, list):
-        return _stack(rotation, translation)
+        return _stack(rotation, translation, name)
     if hasattr(rotation, "xx") and hasattr(translation, "x"):
         rows = [[getattr(rotation, row + column) for column in "xyz"] for row in "xyz"]
-        return _stack(rows, [getattr(translation, axis) for axis in "xyz"])
-    raise TypeError(f"{_ACCEPTED}{type(affine).__name__}.")
+        return _stack(rows, [getattr(translation, axis) for axis in "xyz"], name)
+    raise TypeError(f"{name} {_ACCEPTED}{type(affine).__name__}.")
 
 
 def _stack(
-    rotation: Sequence[Sequence[jax.Array]], translation: Sequence[jax.Array]
+    rotation: Sequence[Sequence[jax.Array]], translation: Sequence[jax.Array], name: str
 ) -> tuple[jax.Array, jax.Array]:
     chex.assert_equal_shape(
         [element for row in rotation for element in row],
-        custom_message="affine's rotation must have elements of one shape",
+        custom_message=f"{name}'s rotation must have elements of one shape",
     )
     chex.assert_equal_shape(
-        translation, custom_message="affine's translation must have components of one shape"
+        translation, custom_message=f"{name}'s translation must have components of one shape"
     )
     return rot_list_to_tensor(rotation), vec_list_to_tensor(translation)
 
@@ -83,8 +84,7 @@ def apply_to_point(rotation: jax.Array, translation: jax.Array, point: jax.Array
       Points of the shape of `point`.
 
     Raises:
-      AssertionError: if `point` does not start with the dimensions of `translation` or does not
-        have three components.
+      AssertionError: if the shapes do not fit together.
     """
     frames, components, extra_dims = _unstack(rotation, translation, point)
     return vec_list_to_tensor(frames.apply_to_point(components, extra_dims))
@@ -102,8 +102,7 @@ def invert_point(rotation: jax.Array, translation: jax.Array, point: jax.Array) 
       Points of the shape of `point`.
 
     Raises:
-      AssertionError: if `point` does not start with the dimensions of `translation` or does not
-        have three components.
+      AssertionError: if the shapes do not fit together.
     """
     frames, components, extra_dims = _unstack(rotation, translation, point)
     return vec_list_to_tensor(frames.invert_point(components, extra_dims))
@@ -115,6 +114,14 @@ def _unstack(
     """Returns frames, the components of the points, and how many dimensions these add."""
     batch = translation.shape[:-1]
     extra = point.shape[len(batch) : -1]
+    assert_shape("rotation", rotation, "... N 3 3", (*batch, 3, 3))
+    assert_shape("translation", translation, "... N 3", (*batch, 3))
     assert_shape("point", point, "... N extra 3", (*batch, *extra, 3))
-    frames = QuatAffine(None, translation, rotation=rotation, unstack_inputs=True)
-    return frames, [point[..., i] for i in range(3)], len(extra)
+    # Plain slices: those of a stack made by `to_rotation_translation` cost nothing under jit.
+    rows = [_slices(rotation[..., i, :]) for i in range(3)]
+    frames = QuatAffine(None, _slices(translation), rotation=rows)
+    return frames, _slices(point), len(extra)
+
+
+def _slices(tensor: jax.Array) -> list[jax.Array]:
+    return [tensor[..., i] for i in range(3)]

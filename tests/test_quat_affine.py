@@ -138,15 +138,20 @@ CALLS = {
     "apply_to_point_2": lambda m, x: frames(m, x).apply_to_point(
         split(x["point"][..., None, :]), extra_dims=2
     ),
-    "invert_point": lambda m, x: frames(m, x).invert_point(split(x["trans"])),
+    "invert_point": lambda m, x: frames(m, x).invert_point(split(x["update"])[:3]),
     "invert_point_1": lambda m, x: frames(m, x).invert_point(split(x["point"]), extra_dims=1),
 }
 NEW_CALLS = {
     "rot_to_quat": lambda m, x: m.rot_to_quat(m.quat_to_rot(x["unit"])),
     "from_backbone": lambda m, x: m.QuatAffine.from_backbone(x["n"], x["ca"], x["c"]),
-    "compose": lambda m, x: frames(m, x).compose(frames(m, x).inverse()),
+    "compose": lambda m, x: frames(m, x).compose(given_rotation(m, x)),
     "inverse": lambda m, x: frames(m, x).inverse(),
 }
+
+
+def cotangent(x):
+    """A fixed cotangent that differs from element to element."""
+    return jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
 def random_inputs(rng, n):
@@ -176,9 +181,9 @@ def assert_same_bits(actual, expected):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("n", [1, 17, 147])
-def test_same_bits_as_af2(name, n):
-    x, call = random_inputs(np.random.default_rng(n), n), CALLS[name]
+def test_same_bits_as_af2(name):
+    # 147: whole vector registers and a rest.
+    x, call = random_inputs(np.random.default_rng(0), 147), CALLS[name]
     jitted = [jax.jit(lambda x, m=m: call(m, x))(x) for m in (ours, af2)]
     assert_same_bits(*jitted)
 
@@ -195,10 +200,7 @@ def test_same_gradient_as_af2(name):
 
     def loss(x, module):
         leaves = jax.tree.leaves(CALLS[name](module, x))
-        # A fixed cotangent that differs from element to element.
-        return sum(
-            jnp.vdot(leaf, jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)) for leaf in leaves
-        )
+        return sum(jnp.vdot(leaf, cotangent(leaf)) for leaf in leaves)
 
     actual, expected = (jax.jit(jax.grad(loss), static_argnums=1)(x, m) for m in (ours, af2))
     for key in x:
@@ -264,8 +266,8 @@ def test_rot_to_quat_inverts_quat_to_rot():
     # 4 |q_i| >= 2: two eps, and one for the division.
     np.testing.assert_allclose(actual, same_sign(q, actual), rtol=0, atol=3 * EPS)
     theirs = same_sign(np.asarray(af2.rot_to_quat(rotation, unstack_inputs=True)), actual)
-    # The eigenvectors of AF2's iterative solver: a few roundings each, ten allowed.
-    np.testing.assert_allclose(actual, theirs, rtol=0, atol=13 * EPS)
+    # AF2's iterative eigenvector solver is itself up to 4 eps away from the float64 quaternions.
+    np.testing.assert_allclose(actual, theirs, rtol=0, atol=8 * EPS)
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -320,7 +322,7 @@ def test_rot_to_quat_derivative_is_half_the_angular_velocity(name, axis):
 def test_rot_to_quat_gradient_against_numerical_differences(name):
     rng = np.random.default_rng(5)
     rotation = rotation_matrices(random_quaternions(rng)) if name == "random" else SPECIAL[name][1]
-    axis, cotangent, step = rng.normal(size=3), rng.normal(size=4), 1e-5
+    axis, weights, step = rng.normal(size=3), rng.normal(size=4), 1e-5
     with jax.enable_x64(True):
 
         def quaternion(r):
@@ -328,15 +330,16 @@ def test_rot_to_quat_gradient_against_numerical_differences(name):
 
         base, pullback = jax.vjp(quaternion, rotation)
         assert base.dtype == jnp.float64
-        (gradient,) = pullback(cotangent)
+        (gradient,) = pullback(weights)
 
         def at(t):
             turned = axis_angle(axis, t * np.linalg.norm(axis))[1] @ rotation
-            return same_sign(np.asarray(quaternion(turned)), np.asarray(base)) @ cotangent
+            return same_sign(np.asarray(quaternion(turned)), np.asarray(base)) @ weights
 
         # Error of the difference: step^2 = 1e-10 from the third derivative, 1e-11 from rounding.
         expected = (at(step) - at(-step)) / (2 * step)
-    np.testing.assert_allclose(np.sum(gradient * tangent(axis, rotation)), expected, atol=1e-8)
+    actual = np.sum(np.asarray(gradient) * tangent(axis, rotation))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8)
 
 
 def test_rot_to_quat_is_finite_for_matrices_that_are_no_rotations():
@@ -352,26 +355,17 @@ def test_rot_to_quat_is_finite_for_matrices_that_are_no_rotations():
 STANDARD_RESIDUE = np.array([[-0.525, 1.363, 0.0], [0.0, 0.0, 0.0], [1.526, 0.0, 0.0]])
 
 
-@pytest.mark.parametrize("rotation_name", EXACT)
 @pytest.mark.parametrize("name", CALLS | NEW_CALLS)
-def test_gradient_is_finite(name, rotation_name):
-    q, rotation = EXACT[rotation_name]
-    n, ca, c = STANDARD_RESIDUE @ rotation.T
-    x = {
-        "quat": q,
-        "unit": q,
-        "trans": np.zeros(3),
-        "update": np.zeros(6),
-        "point": np.zeros((5, 3)),
-        "n": n,
-        "ca": ca,
-        "c": c,
-    }
-    x = {key: jnp.asarray(value[None], jnp.float32) for key, value in x.items()}
+def test_gradient_is_finite_at_identity_and_half_turns(name):
+    quaternions, rotations = (np.stack(x).astype(np.float32) for x in zip(*EXACT.values()))
+    n, ca, c = np.einsum("nij,aj->ani", rotations, STANDARD_RESIDUE.astype(np.float32))
+    x = random_inputs(np.random.default_rng(6), len(EXACT))
+    x |= {"quat": quaternions, "unit": quaternions, "n": n, "ca": ca, "c": c}
+    x |= {"update": np.zeros_like(x["update"])}
     value, pullback = jax.vjp(lambda x: (CALLS | NEW_CALLS)[name](ours, x), x)
-    gradients = pullback(jax.tree.map(jnp.ones_like, value))
+    gradients = pullback(jax.tree.map(cotangent, value))
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves((value, gradients)))
-    assert any(np.any(g != 0) for g in jax.tree.leaves(gradients)) or name == "compose"
+    assert any(np.any(g != 0) for g in jax.tree.leaves(gradients))
 
 
 DEGENERATE_RESIDUES = {
@@ -451,9 +445,6 @@ def test_unflattening_does_not_check_or_normalise():
     assert len(placeholders.rotation) == 3
     shapes = jax.eval_shape(lambda a: a.inverse(), affine)
     assert shapes.quaternion.shape == (3, 4)
-    assert "(3, 4)" in jax.tree_util.keystr(
-        [k for k, _ in jax.tree.leaves_with_path(affine)][0]
-    ) or (jax.tree_util.keystr(jax.tree.leaves_with_path(affine)[0][0]) == ".quaternion")
 
 
 def test_vmap_equals_batched_call():
@@ -528,17 +519,17 @@ def test_from_backbone(far):
     n, ca, c = np.moveaxis(residues.astype(np.float32), 1, 0)
     affine = jax.jit(QuatAffine.from_backbone)(n, ca, c)
     actual = ours.rot_list_to_tensor(affine.rotation)
-    # The differences of nearby float32 atoms are exact, so that the distance from the origin
-    # costs nothing. Each axis is a product of two rotations; an angle error of N - CA grows by
-    # 1 / sin(N-CA-C) = 1.1. C parallel to z loses digits of the angle around z, by the ratio of
-    # 1.5 Å to its distance from the axis, which is at most 30 in this sample.
+    # The differences of nearby float32 atoms are exact, so that the distance from the origin costs
+    # nothing. Each element is a product of three sines or cosines (1 eps each) in a sum of two;
+    # an error of the direction of N grows by 1 / sin(N-CA-C) = 1.1.
     expected = gram_schmidt(*(a.astype(np.float64) for a in (n, ca, c)))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=16 * EPS)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=6 * EPS)
     assert_same_bits(ours.vec_list_to_tensor(affine.translation), ca)
     reference, _ = jax.jit(ours.make_transform_from_reference)(n, ca, c)
     assert_same_bits(actual, reference)
     from_quaternion = ours.rot_list_to_tensor(ours.quat_to_rot(affine.quaternion))
-    np.testing.assert_allclose(from_quaternion, expected, rtol=0, atol=24 * EPS)
+    # R is quadratic in q: twice the 3 eps of rot_to_quat more.
+    np.testing.assert_allclose(from_quaternion, expected, rtol=0, atol=12 * EPS)
 
 
 @pytest.mark.parametrize("change", [lambda affine: affine, without_quaternion], ids=["all", "none"])
@@ -601,6 +592,8 @@ BAD_SHAPES = {
     "rot must be 3 rows": lambda: ours.rot_to_quat([split(Q)] * 3),
     "vec must have shape": lambda: ours.apply_rot_to_vec(ours.quat_to_rot(Q), Q, unstack=True),
     "vec must be 3 arrays": lambda: ours.apply_rot_to_vec(ours.quat_to_rot(Q), split(Q)),
+    "^(?!transformed).*point must be 3": lambda: QuatAffine.identity(5).apply_to_point(split(Q)),
+    "transformed_point must be 3": lambda: QuatAffine.identity(5).invert_point(split(Q)),
     "normalized_quat must": lambda: ours.quat_to_rot(T),
     "quat2 must": lambda: ours.quat_multiply(Q, T),
     "n_xyz must": lambda: ours.make_canonical_transform(Q, Q, Q),

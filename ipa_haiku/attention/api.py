@@ -1,11 +1,86 @@
 """The one entry to the attention core: checks, chooses an implementation, calls it."""
 
+import math
+from typing import NamedTuple
+
 import jax
 
-from ipa_haiku.attention import reference
+from ipa_haiku.attention import reference, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
 
-IMPLEMENTATIONS = {"reference": reference.attend}
+IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend}
+
+# How many [H, Nq, Nk] arrays of float32 the gradient of `xla` holds at its peak: three in XLA:CPU's
+# and XLA:GPU's memory analysis, and room for the copies that a layout may call for.
+_NUM_TEMPORARY = 5
+
+DEFAULT_MEMORY_BUDGET = 2 * 2**30
+
+
+class Selection(NamedTuple):
+    """What `invariant_point_attention` runs, and why."""
+
+    implementation: str
+    query_block: int | None  # query rows at a time; None: all at once
+    reason: str
+
+
+def select_implementation(
+    shape: tuple[int, ...],
+    *,
+    implementation: str | None = None,
+    query_block: int | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    return_attention: bool = False,
+) -> Selection:
+    """Tells which implementation would run for attention weights of such a shape.
+
+    Args:
+      shape: [..., H, Nq, Nk] of the attention weights.
+      implementation: as in `invariant_point_attention`.
+      query_block: as in `invariant_point_attention`.
+      memory_budget: as in `invariant_point_attention`.
+      return_attention: as in `invariant_point_attention`.
+
+    Returns:
+      `Selection` of the implementation, the number of query rows at a time, and the reason.
+
+    Raises:
+      ValueError: if there is no such implementation, or `query_block` or `memory_budget` is not a
+        positive integer.
+      NotImplementedError: if the named implementation cannot do what is asked.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, "
+            f"got {implementation!r}."
+        )
+    for name, value in (("query_block", query_block), ("memory_budget", memory_budget)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+    if return_attention and implementation is None and query_block is None:
+        return Selection("reference", None, "attention weights are asked for")
+    if return_attention and implementation != "reference":
+        raise NotImplementedError(
+            "return_attention=True needs implementation='reference' without query_block: the "
+            "others never hold the attention weights and the logit terms."
+        )
+    if implementation == "reference":
+        if query_block is not None:
+            raise NotImplementedError(
+                "query_block needs implementation='xla': 'reference' holds all rows at once."
+            )
+        return Selection("reference", None, "asked for by name")
+
+    reason = "exact and fast on every device" if implementation is None else "asked for by name"
+    if query_block is None:
+        *batch, num_head, num_query, num_key = shape
+        bytes_per_row = _NUM_TEMPORARY * 4 * num_head * num_key * math.prod(batch)
+        if bytes_per_row * num_query > memory_budget:
+            query_block = max(memory_budget // bytes_per_row, 1)
+            reason += f"; in blocks, as temporaries would pass {memory_budget} bytes"
+    return Selection("xla", query_block, reason)
 
 
 def invariant_point_attention(
@@ -25,6 +100,8 @@ def invariant_point_attention(
     *,
     implementation: str | None = None,
     precision: jax.lax.PrecisionLike = None,
+    query_block: int | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
 ) -> IPAOutput:
     """Invariant point attention over arrays (Suppl. Alg. 22, lines 7 to 10).
@@ -47,9 +124,14 @@ def invariant_point_attention(
       q_mask: [..., Nq] 1 where a query is real.
       k_mask: [..., Nk] 1 where a key is real.
       logit_scales: static factors of the logit terms.
-      implementation: a name in `IMPLEMENTATIONS`, or None for the best one here.
+      implementation: 'reference' (AF2's operations in AF2's order), 'xla' (fast, lean, with a
+        hand-written gradient), or None for the best one here (see `select_implementation`).
       precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. Point
         distances and softmax statistics are float32 (float64 if any argument is) regardless.
+      query_block: how many query rows to process at a time, so that temporaries stay small; None
+        for as many as `memory_budget` allows. Only 'xla'.
+      memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
+        processed in blocks.
       return_attention: also return the attention weights and the three logit terms.
 
     Returns:
@@ -67,6 +149,17 @@ def invariant_point_attention(
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
     )  # fmt: skip
     check_inputs(inputs)
-    return reference.attend(
-        inputs, logit_scales, precision=precision, return_attention=return_attention
+    selection = select_implementation(
+        (*q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
+        implementation=implementation,
+        query_block=query_block,
+        memory_budget=memory_budget,
+        return_attention=return_attention,
     )
+    options = (
+        {"return_attention": return_attention}
+        if selection.implementation == "reference"
+        else {"query_block": selection.query_block}
+    )
+    attend = IMPLEMENTATIONS[selection.implementation]
+    return attend(inputs, logit_scales, precision=precision, **options)

@@ -150,3 +150,20 @@ def check_inputs(inputs: IPAInputs) -> None:
         if 0 in x.shape:
             raise AssertionError(f"{name} [{_AXES[name]}] must not be empty, got shape {x.shape}.")
         sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))
+
+
+def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of the unmasked points, to subtract before arithmetic that cancels large coordinates.
+
+    No result depends on it but by rounding, so it carries no gradient.
+
+    Args:
+      points: [..., N, 3], finite also where masked.
+      mask: [..., N].
+
+    Returns:
+      [..., 3]; zero where everything is masked.
+    """
+    weights = mask[..., None].astype(points.dtype)
+    total = jnp.maximum(jnp.sum(weights, axis=-2), 1.0)
+    return jax.lax.stop_gradient(jnp.sum(weights * points, axis=-2) / total)

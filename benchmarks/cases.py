@@ -1,0 +1,158 @@
+"""What to measure: read from `configs/bench_*.toml`, overridden by options, validated."""
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from ipa_haiku import IPAConfig
+from ipa_haiku.attention.api import IMPLEMENTATIONS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+WHATS = ("core", "module", "structure_module")
+MODES = ("forward", "grad")
+DTYPES = ("float32", "bfloat16")
+PEERS = ("alphafold", "alphafold_multimer", "lucidrains", "openfold", "esmfold", "flash_ipa")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of a model, from the tables `[ipa]` and `[model]` of `configs/<name>.toml`.
+
+    Attributes:
+      name: name of the file.
+      ipa: sizes of the attention module.
+      variant: "monomer" or "multimer", AF2's two parametrisations.
+      single_channel: channels of `inputs_1d`, C_s.
+      pair_channel: channels of `inputs_2d`, C_z.
+      num_layer: iterations of the structure module.
+      position_scale: Å in one unit of translation.
+    """
+
+    name: str
+    ipa: IPAConfig
+    variant: str
+    single_channel: int
+    pair_channel: int
+    num_layer: int
+    position_scale: float
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Reads `configs/<name>.toml`.
+
+        Raises:
+          ValueError: if there is no such model, naming those there are.
+        """
+        known = sorted(p.stem for p in CONFIGS.glob("*.toml") if not p.stem.startswith("bench_"))
+        if name not in known:
+            raise ValueError(f"model: unknown {name!r}, known are {', '.join(known)}.")
+        path = CONFIGS / f"{name}.toml"
+        return cls(name, IPAConfig.from_toml(path), **tomllib.loads(path.read_text())["model"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One sweep.
+
+    Attributes:
+      sizes: numbers of residues, N.
+      model: name of a model in `configs/`.
+      what: of `WHATS`: the attention core alone, the Haiku module, AF2's structure module with the
+        Haiku module in it.
+      modes: of `MODES`: forward, and the gradient (which runs the forward pass, too) with respect
+        to parameters, inputs and frames.
+      implementations: names in `ipa_haiku.attention.api.IMPLEMENTATIONS`.
+      peers: of `PEERS`: other people's implementations.
+      dtype: of activations and weights; frames are always float32.
+      repeats: timed samples of each row.
+      min_sample_ms: calls shorter than this are repeated within a sample.
+      float64_max_size: largest N at which results are compared with float64; beyond it, with the
+        reference implementation in float32.
+      seed: of inputs and weights.
+
+    Raises:
+      ValueError: naming the field whose value is of no use.
+    """
+
+    sizes: tuple[int, ...]
+    model: str = "af2_monomer"
+    what: tuple[str, ...] = ("module",)
+    modes: tuple[str, ...] = MODES
+    implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
+    peers: tuple[str, ...] = ("alphafold",)
+    dtype: str = "float32"
+    repeats: int = 10
+    min_sample_ms: float = 1.0
+    float64_max_size: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "what", "modes", "implementations", "peers"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"{name}: must be a list, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))
+        _check_counts("sizes", self.sizes)
+        _check_counts("repeats", [self.repeats])
+        _check_counts("float64_max_size", [self.float64_max_size], least=0)
+        _check_counts("seed", [self.seed], least=0)
+        if not isinstance(self.min_sample_ms, int | float) or self.min_sample_ms < 0:
+            raise ValueError(
+                f"min_sample_ms: must be a number of at least 0, got {self.min_sample_ms!r}."
+            )
+        _check_names("what", self.what, WHATS)
+        _check_names("modes", self.modes, MODES)
+        _check_names("implementations", self.implementations, IMPLEMENTATIONS, may_be_empty=True)
+        _check_names("peers", self.peers, PEERS, may_be_empty=True)
+        _check_names("dtype", [self.dtype], DTYPES)
+        model = Model.from_name(self.model)
+        if "structure_module" in self.what and model.variant != "monomer":
+            raise ValueError(
+                f"what: structure_module needs a monomer model, {model.name} is a {model.variant}."
+            )
+        if "structure_module" in self.what and self.dtype != "float32":
+            raise ValueError("dtype: AlphaFold 2's structure module takes float32 only.")
+        if not self.implementations and not self.peers:
+            raise ValueError("implementations: there is nothing to measure, and no peers either.")
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
+        """Reads the `[bench]` table of a file, replacing what `overrides` gives.
+
+        Raises:
+          OSError: if the file cannot be read.
+          ValueError: if the file or an override says something of no use, naming it.
+        """
+        with open(path, "rb") as file:
+            try:
+                table = tomllib.load(file).get("bench")
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{os.fspath(path)} is not TOML: {error}") from error
+        if table is None:
+            raise ValueError(f"{os.fspath(path)} has no [bench] table.")
+        unknown = sorted(table.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"[bench] in {os.fspath(path)}: unknown {', '.join(unknown)}.")
+        if "sizes" not in table | overrides:
+            raise ValueError(f"[bench] in {os.fspath(path)}: sizes is missing.")
+        return cls(**(table | overrides))
+
+
+def _check_counts(name: str, values: Sequence[Any], least: int = 1) -> None:
+    if not values:
+        raise ValueError(f"{name}: must not be empty.")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: must be integers of at least {least}, got {value!r}.")
+
+
+def _check_names(name: str, values: Sequence[Any], known: Any, may_be_empty: bool = False) -> None:
+    if not values and not may_be_empty:
+        raise ValueError(f"{name}: must not be empty.")
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name}: unknown {value!r}, known are {', '.join(known)}.")

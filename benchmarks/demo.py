@@ -1,0 +1,117 @@
+"""The demonstration: a real protein may be moved anywhere, and the result is AlphaFold 2's."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import candidates, checks
+from benchmarks.candidates import JaxCandidate
+from benchmarks.cases import Model
+from benchmarks.problems import Problem, make_problem
+from benchmarks.structure import Backbone
+from ipa_haiku import QuatAffine
+from ipa_haiku.testing import random_motion
+
+DISTANCES = (0.0, 10.0, 1_000.0, 10_000.0)  # Å
+
+
+def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
+    """Moves the whole protein and compares; weights and activations are random.
+
+    Args:
+      backbone: of the protein.
+      model: whose module is run.
+      seed: of weights, activations and motions.
+
+    Returns:
+      "protein" and "residues"; "moved": for each of `DISTANCES` the changes of the attention
+      weights, of the output, of AF2's output (only where AF2 is installed), and of the output in
+      float64, which changes only because float32 cannot hold the coordinates exactly; and
+      "agreement": for the default implementation and the reference, the "error" against AF2's
+      output and the fraction of numbers that are "identical" to it (empty without AF2). Changes and
+      errors are relative to the largest element.
+    """
+    n = len(backbone.ca)
+    problem = make_problem("module", model, n, "float32", jax.random.key(seed))
+    with jax.enable_x64(True):
+        frames = QuatAffine.from_backbone(
+            *(jnp.asarray(x, jnp.float64) for x in backbone[1:])
+        ).scale_translation(1.0 / model.position_scale)
+        motions = {
+            distance: random_motion(key, distance / model.position_scale)
+            for distance, key in zip(
+                DISTANCES, jax.random.split(jax.random.key(seed + 1), len(DISTANCES))
+            )
+        }
+        moved = {d: _float32(motion.compose(frames)) for d, motion in motions.items()}
+        still = _float32(frames)
+
+    reference = _compile(candidates.ours("module", model, "reference"), problem)
+    functions = _functions(model, problem)
+    before = {name: function(still) for name, function in functions.items()}
+    changes = [
+        {"distance": distance}
+        | {name: _change(f(affine), before[name]) for name, f in functions.items()}
+        for distance, affine in moved.items()
+    ]
+    agreement = []
+    if "alphafold" in before:
+        agreement = [
+            {
+                "implementation": name,
+                "error": _change(output, before["alphafold"]),
+                "identical": float(jnp.mean(output == before["alphafold"])),
+            }
+            for name, output in (("default", before["output"]), ("reference", reference(still)))
+        ]
+    return {
+        "protein": backbone.name,
+        "residues": n,
+        "moved": changes,
+        "agreement": agreement,
+    }
+
+
+def _float32(frames: QuatAffine) -> np.ndarray:
+    return np.asarray(frames.to_tensor()).astype(np.float32)
+
+
+def _functions(model: Model, problem: Problem) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Functions of the frames [N, 7] that must not change when the protein moves."""
+    in_float64 = jax.jit(candidates.reference("module", model).function("forward"))
+
+    def exact(affine: np.ndarray) -> Any:
+        with jax.enable_x64(True):
+            return in_float64(checks.to_float64(_moved(problem, affine)))["output"]
+
+    with_attention = _compile(candidates.our_module(model, None, return_attention=True), problem)
+    functions = {
+        "attention": lambda affine: with_attention(affine)[1].weights,
+        "output": _compile(candidates.ours("module", model, None), problem),
+        "rounding": exact,
+    }
+    if importlib.util.find_spec("alphafold") is not None:
+        if model.variant == "monomer":
+            peer = candidates.alphafold("module", model)
+        else:
+            peer = candidates.alphafold_multimer(model)
+        functions["alphafold"] = _compile(peer, problem)
+    return functions
+
+
+def _compile(candidate: JaxCandidate, problem: Problem) -> Callable[[np.ndarray], Any]:
+    """The candidate's result as a function of the frames [N, 7]."""
+    function, arguments = jax.jit(candidate.function("forward")), candidate.arguments(problem)
+    return lambda affine: function(_moved(arguments, affine))["output"]
+
+
+def _moved(problem: Problem, affine: np.ndarray) -> Problem:
+    return problem._replace(differentiable=problem.differentiable | {"affine": affine})
+
+
+def _change(after: Any, before: Any) -> float:
+    return checks.largest_error({"": after}, {"": before})

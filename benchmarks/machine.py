@@ -1,0 +1,105 @@
+"""The machine: what it is, and the rates that bound every implementation on it."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import memory
+
+_PACKAGES = (
+    "ipa_haiku",
+    "jax",
+    "jaxlib",
+    "dm-haiku",
+    "numpy",
+    "alphafold-colabfold",
+    "colabfold-kernels",
+    "torch",
+    "invariant-point-attention",
+    "transformers",
+)
+
+_REPEATS = 7  # of which the fastest counts: it is a bound that is looked for
+
+
+def describe(dtype: str) -> dict[str, Any]:
+    """The machine, the versions of what runs on it, and its measured rates.
+
+    Args:
+      dtype: in which products of matrices are measured.
+
+    Returns:
+      What the "machine" of the results is; rates in GB/s and GFLOP/s.
+    """
+    device = jax.devices()[0]
+    total = memory.total_bytes()
+    return {
+        "platform": device.platform,
+        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": None if total is None else round(total / 1e9, 1),
+        "system": platform.platform(terse=True),
+        "bandwidth_gb_s": _bandwidth() / 1e9,
+        "matmul_gflop_s": _matmul_rate(dtype) / 1e9,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _bandwidth() -> float:
+    """Bytes per second: the better of reading an array and of updating one in place.
+
+    In place, as the first touch of new memory costs more than the copying.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size = 2**26 if on_cpu else 2**29  # 256 MB or 2 GB: larger than any cache
+    x = jax.block_until_ready(jnp.ones(size, jnp.float32))
+    read = _fastest(jax.jit(jnp.sum).lower(x).compile(), x)
+
+    update = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        x = jax.block_until_ready(update(x))
+        seconds.append(time.perf_counter() - start)
+    return max(4 * size / read, 8 * size / min(seconds))
+
+
+def _matmul_rate(dtype: str) -> float:
+    """Operations per second of a square product of matrices at JAX's default precision."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    return 2 * n**3 / _fastest(jax.jit(jnp.matmul).lower(x, x).compile(), x, x)
+
+
+def _fastest(function: Callable[..., Any], *args: jax.Array) -> float:
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,134 @@
+"""Random inputs and weights of what is measured: fresh normal numbers, never zeros."""
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Model
+from ipa_haiku import InvariantPointAttention, QuatAffine, rigid
+from ipa_haiku.attention.base import LogitScales
+from ipa_haiku.testing import random_frames
+
+# Weights of the output are drawn, too: AF2's initial zeros would let XLA and the error do nothing.
+GLOBAL_CONFIG = types.SimpleNamespace(zero_init=False, deterministic=True)
+
+
+class Problem(NamedTuple):
+    """Arguments of a computation, a pytree.
+
+    Attributes:
+      differentiable: pytrees by name; the gradient has the same names.
+      constant: pytrees by name that have no gradient.
+      cotangent: of the result, random: the gradient is that of <cotangent, result>.
+    """
+
+    differentiable: dict[str, Any]
+    constant: dict[str, Any]
+    cotangent: Any
+
+
+def make_problem(what: str, model: Model, n: int, dtype: str, key: jax.Array) -> Problem:
+    """Draws the inputs of `what` (of `cases.WHATS`) for N = `n` residues.
+
+    Activations and weights are of type `dtype`, frames, masks and point weights float32. Weights
+    are in the layout of AF2's monomer whatever the model.
+    """
+    makers: dict[str, Callable[..., Problem]] = {
+        "core": _core,
+        "module": _module,
+        "structure_module": _structure_module,
+    }
+    return makers[what](model, n, jnp.dtype(dtype), key)
+
+
+def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
+    ipa, keys = model.ipa, iter(jax.random.split(key, 16))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    frames = random_frames(next(keys), n, position_scale=model.position_scale)
+    rotation, translation = rigid.to_rotation_translation(frames)
+
+    def points(count: int) -> jax.Array:
+        local = jax.random.normal(next(keys), (n, ipa.num_head, count, 3))
+        return rigid.apply_to_point(rotation, translation, local)
+
+    head_and_qk = (n, ipa.num_head, ipa.num_scalar_qk)
+    differentiable = {
+        "q_scalar": normal(*head_and_qk),
+        "k_scalar": normal(*head_and_qk),
+        "v_scalar": normal(n, ipa.num_head, ipa.num_scalar_v),
+        "q_point": points(ipa.num_point_qk),
+        "k_point": points(ipa.num_point_qk),
+        "v_point": points(ipa.num_point_v),
+        "inputs_2d": normal(n, n, model.pair_channel),
+        # Together, as the gradient of the bias is zero but for rounding: softmax cancels it.
+        "weights": {
+            "pair_weights": normal(model.pair_channel, ipa.num_head) / model.pair_channel**0.5,
+            "pair_bias": normal(ipa.num_head),
+            # The monomer's scale of squared distances (Suppl. Alg. 22, line 7) at softplus(w) = 1.
+            "point_weights": jnp.full(ipa.num_head, (3 * ipa.num_point_qk * 4.5) ** -0.5),
+        },
+    }
+    cotangent = {
+        "scalar": normal(n, ipa.num_head, ipa.num_scalar_v),
+        "point": jax.random.normal(next(keys), (n, ipa.num_head, ipa.num_point_v, 3)),
+        "pair": normal(n, ipa.num_head, model.pair_channel),
+    }
+    return Problem(differentiable, {"mask": jnp.ones(n)}, cotangent)
+
+
+def core_scales(model: Model) -> LogitScales:
+    """The monomer's factors of the logit terms (Suppl. Alg. 22, line 7)."""
+    return LogitScales(scalar=(3 * model.ipa.num_scalar_qk) ** -0.5, pair=3**-0.5)
+
+
+def _module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
+    keys = jax.random.split(key, 5)
+    frames = random_frames(keys[0], n, position_scale=model.position_scale)
+    differentiable = {
+        "parameters": module_parameters(model, dtype, keys[1]),
+        "inputs_1d": jax.random.normal(keys[2], (n, model.single_channel), dtype),
+        "inputs_2d": jax.random.normal(keys[3], (n, n, model.pair_channel), dtype),
+        "affine": frames.to_tensor(),
+    }
+    cotangent = jax.random.normal(keys[4], (n, model.ipa.num_channel), dtype)
+    return Problem(differentiable, {"mask": jnp.ones((n, 1))}, cotangent)
+
+
+def module_parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Params:
+    """Initial parameters of the monomer module for activations of type `dtype`."""
+
+    def call(inputs_1d: jax.Array, inputs_2d: jax.Array) -> Any:
+        module = InvariantPointAttention(model.ipa, GLOBAL_CONFIG, implementation="reference")
+        return module(inputs_1d, inputs_2d, jnp.ones((1, 1)), QuatAffine.identity(1))
+
+    # One residue is enough: no parameter depends on N.
+    inputs_1d = jnp.zeros((1, model.single_channel), dtype)
+    inputs_2d = jnp.zeros((1, 1, model.pair_channel), dtype)
+    return jax.jit(hk.transform(call).init)(key, inputs_1d, inputs_2d)
+
+
+def _structure_module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
+    from benchmarks import structure_module  # imports alphafold
+
+    keys = jax.random.split(key, 6)
+    differentiable = {
+        "parameters": structure_module.parameters(model, dtype, keys[0]),
+        "single": jax.random.normal(keys[1], (n, model.single_channel), dtype),
+        "pair": jax.random.normal(keys[2], (n, n, model.pair_channel), dtype),
+    }
+    constant = {
+        "seq_mask": jnp.ones(n),
+        "aatype": jax.random.randint(keys[3], (n,), 0, structure_module.NUM_AMINO_ACIDS),
+    }
+    cotangent = {
+        "act": jax.random.normal(keys[4], (n, model.ipa.num_channel), dtype),
+        "affine": jax.random.normal(keys[5], (model.num_layer, n, 7)),
+    }
+    return Problem(differentiable, constant, cotangent)

@@ -1,0 +1,212 @@
+"""Results as text for the terminal and as Markdown for the README."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cost import CostRow
+from benchmarks.results import Results, Row
+
+README_BEGIN = "<!-- benchmark:begin -->"
+README_END = "<!-- benchmark:end -->"
+
+_MISSING = "-"
+
+_TITLES = {
+    "core": "attention core",
+    "module": "Haiku module",
+    "structure_module": "AlphaFold 2's structure module with the module in it",
+}
+_MODE_TITLES = {"forward": "forward", "grad": "gradient"}
+
+
+def machine(results: Results) -> str:
+    """The machine and the versions, in two lines."""
+    m = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return (
+        f"{_machine_name(m)}; memory {m['bandwidth_gb_s']:.0f} GB/s, "
+        f"{results.settings['dtype']} matrix products {m['matmul_gflop_s']:.0f} GFLOP/s (measured)"
+        f"\n{versions}"
+    )
+
+
+def _machine_name(m: dict[str, Any]) -> str:
+    size = "" if m["memory_gb"] is None else f", {m['memory_gb']:.0f} GB"
+    return f"{m['device']}, {m['cores']} CPU cores{size}"
+
+
+def demonstration(demo: dict[str, Any]) -> str:
+    """The demonstration on a real protein."""
+    has_alphafold = bool(demo["agreement"])
+    header = ["translation", "attention weights", "output", "float64 output"]
+    header += ["AlphaFold 2's output"] * has_alphafold
+    names = ["attention", "output", "rounding"] + ["alphafold"] * has_alphafold
+    rows = [
+        [f"{moved['distance']:,.0f} Å", *(f"{moved[name]:.1e}" for name in names)]
+        for moved in demo["moved"]
+    ]
+    lines = [
+        f"{demo['protein']}, {demo['residues']} residues, moved as a whole by a random rotation "
+        "and a translation.",
+        "Change of each result over its largest element; that of the float64 output is what "
+        "float32 coordinates alone cost:",
+        *_table(header, rows),
+    ]
+    lines += [
+        f"AlphaFold 2 against implementation={x['implementation']}: off by {x['error']:.1e} of the "
+        f"largest element, {x['identical']:.0%} of the numbers identical in every bit."
+        for x in demo["agreement"]
+    ]
+    return "\n".join(lines)
+
+
+def tables(results: Results) -> str:
+    """All rows, in a table for each size, and what was left out."""
+    groups = itertools.groupby(results.rows, key=lambda row: (row.what, row.n, row.dtype))
+    blocks = [
+        "\n".join([f"{_TITLES[what]}, N = {n}, {dtype}", *_rows_table(list(rows), what)])
+        for (what, n, dtype), rows in groups
+    ]
+    if results.missing:
+        blocks.append(
+            "\n".join(["Left out:", *(f"  {x['name']}: {x['reason']}" for x in results.missing)])
+        )
+    if not results.is_complete:
+        blocks.append("The run was interrupted: what is above is complete, the rest is missing.")
+    return "\n\n".join(blocks)
+
+
+def _rows_table(rows: Sequence[Row], what: str) -> list[str]:
+    base = "reference" if what == "core" else "AlphaFold 2"
+    header = [
+        "implementation", "", "median ms", "quartiles", "compile s", f"speed ({base} = 1)",
+        "temp MB", "error", "roofline",
+    ]  # fmt: skip
+    lines = _table(header, [_cells(row) for row in rows])
+    notes = [f"  {row.label}, {_MODE_TITLES[row.mode]}: {row.note}" for row in rows if row.note]
+    return lines + notes
+
+
+def _cells(row: Row) -> list[str]:
+    is_timed = row.median_ms is not None
+    return [
+        row.label,
+        _MODE_TITLES[row.mode],
+        _number(row.median_ms) if is_timed else row.status,
+        f"{_number(row.q1_ms)} to {_number(row.q3_ms)}" if is_timed else _MISSING,
+        _number(row.compile_s, "{:.1f}"),
+        _number(row.speedup, "{:.2f}"),
+        _megabytes(row.temp_bytes),
+        _number(row.error, "{:.1e}"),
+        _number(row.roofline, "{:.0%}"),
+    ]
+
+
+def cost(target: str, rows: Sequence[CostRow]) -> str:
+    """What programs compiled for a target would need."""
+    header = ["N", "implementation", "", "temp MB", "traffic / inputs_2d"]
+    cells = [
+        [
+            str(row.n),
+            row.label,
+            _MODE_TITLES[row.mode],
+            _megabytes(row.temp_bytes),
+            row.note or _number(row.traffic, "{:.1f}"),
+        ]
+        for row in rows
+    ]
+    return "\n".join([f"Compiled for {target}", *_table(header, cells)])
+
+
+def markdown(results: Results, source: str | None) -> str:
+    """The README's table: for each part, a row for each size and implementation.
+
+    Args:
+      results: of a run.
+      source: file they are from, to be named.
+    """
+    blocks = []
+    for what, rows in itertools.groupby(results.rows, key=lambda row: row.what):
+        blocks.append(_markdown_table(list(rows), what))
+    m, versions = results.machine, results.machine["versions"]
+    blocks.append(
+        f"Medians on {_machine_name(m)}; jax {versions['jax']}, {results.settings['dtype']}, "
+        f"{results.date[:10]}. Errors are largest errors against float64 over the largest element; "
+        "of a gradient, the worst of parameters, inputs and frames."
+        + (f" Generated from `{source}`." if source else "")
+    )
+    return "\n\n".join(blocks)
+
+
+def _markdown_table(rows: Sequence[Row], what: str) -> str:
+    base = "reference" if what == "core" else "AlphaFold 2"
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    columns: dict[str, Callable[[Row], str]] = {
+        "time (ms)": lambda row: _number(row.median_ms) if row.median_ms else row.status,
+        f"speed ({base} = 1)": lambda row: _number(row.speedup, "{:.1f}"),
+        "temporary memory (MB)": lambda row: _megabytes(row.temp_bytes),
+        "error": lambda row: _number(row.error, "{:.0e}"),
+    }
+    title = f"{_TITLES[what]}: {' / '.join(_MODE_TITLES[mode] for mode in modes)}"
+    lines = [["N", title, *columns], ["---:", "---", *["---:"] * len(columns)]]
+    order = list(dict.fromkeys(row.label for row in rows))
+    rows = sorted(rows, key=lambda row: (row.n, order.index(row.label), modes.index(row.mode)))
+    for (n, label), of_row in itertools.groupby(rows, key=lambda row: (row.n, row.label)):
+        in_modes = list(of_row)
+        cells = (" / ".join(cell(row) for row in in_modes) for cell in columns.values())
+        lines.append([str(n), label, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update_readme(path: str | os.PathLike[str], content: str) -> None:
+    """Replaces what stands between the markers of a file.
+
+    Raises:
+      OSError: if the file cannot be read or written.
+      ValueError: if it does not have each marker once, in order.
+    """
+    before, after = around_markers(path)
+    Path(path).write_text(f"{before}{README_BEGIN}\n{content}\n{README_END}{after}")
+
+
+def around_markers(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """What stands before and after the markers of a file; raises what `update_readme` does."""
+    text = Path(path).read_text()
+    before, begin, rest = text.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    if not (begin and end) or README_BEGIN in rest or README_END in before + after:
+        raise ValueError(
+            f"{os.fspath(path)} must have {README_BEGIN} and {README_END} once, in this order."
+        )
+    return before, after
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned lines: the first column and those of words to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    is_text = [i == 0 or name in ("", "implementation") for i, name in enumerate(header)]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _number(x: float | None, form: str | None = None) -> str:
+    """Three significant digits, unless `form` says otherwise."""
+    if x is None:
+        return _MISSING
+    if form is not None:
+        return form.format(x)
+    return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def _megabytes(x: int | None) -> str:
+    return _number(None if x is None else x / 1e6)

@@ -1,0 +1,176 @@
+"""Results: rows, the JSON file of a run, and the comparison of two runs."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+# Raised when a field changes its meaning, is removed, or becomes required.
+SCHEMA_VERSION = 1
+
+_SCHEMA = Path(__file__).parent / "results.schema.json"
+
+# Temporary memory is what the compiler says, no measurement: a real change is never this small.
+MEMORY_MARGIN = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One implementation at one size in one mode.
+
+    Attributes:
+      what: of `cases.WHATS`.
+      n: residues.
+      dtype: of activations and weights.
+      mode: of `cases.MODES`.
+      implementation: name on the command line.
+      label: name in tables.
+      status: "ok"; "wrong" if the result is (there is no time then); "out of memory"; or
+        "unsupported".
+      note: the reason of a status, or a reservation.
+      median_ms: time of a run, the median of the samples.
+      q1_ms: lower quartile.
+      q3_ms: upper quartile.
+      samples: number of samples.
+      compile_s: time to trace and compile.
+      temp_bytes: XLA's memory for intermediate results.
+      speedup: AF2's median over this row's, of the same run.
+      error: largest error relative to the largest element, against float64; of a gradient, the
+        worst of its groups.
+      roofline: fraction of the speed that the machine's rates would allow.
+    """
+
+    what: str
+    n: int
+    dtype: str
+    mode: str
+    implementation: str
+    label: str
+    status: str = "ok"
+    note: str = ""
+    median_ms: float | None = None
+    q1_ms: float | None = None
+    q3_ms: float | None = None
+    samples: int = 0
+    compile_s: float | None = None
+    temp_bytes: int | None = None
+    speedup: float | None = None
+    error: float | None = None
+    roofline: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str, str, str]:
+        """What identifies the row in a run."""
+        return (self.what, self.n, self.dtype, self.mode, self.implementation)
+
+
+@dataclasses.dataclass
+class Results:
+    """One run; what the JSON file holds beside the version of its schema.
+
+    Attributes:
+      date: ISO 8601, UTC.
+      machine: of `machine.describe`.
+      settings: of `cases.Bench`.
+      demonstration: of `demo.run`, or None.
+      missing: peers that were left out, {"name": ..., "reason": ...}.
+      rows: what was measured.
+      is_complete: whether the run reached its end.
+    """
+
+    date: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    demonstration: dict[str, Any] | None = None
+    missing: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    is_complete: bool = False
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON file in one step: there is never half of one.
+
+        Raises:
+          jsonschema.ValidationError: if the results do not fit the schema.
+        """
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        jsonschema.validate(content, _schema())
+        unfinished = f"{os.fspath(path)}.unfinished"
+        with open(unfinished, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.replace(unfinished, path)
+
+
+def _schema() -> dict[str, Any]:
+    return json.loads(_SCHEMA.read_text())
+
+
+def read(path: str | os.PathLike[str]) -> Results:
+    """Reads and validates a JSON file of `Results.write`.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: if it is no such file, or of another version, naming what is wrong with it.
+    """
+    with open(path) as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{os.fspath(path)}: schema_version must be {SCHEMA_VERSION}, got {version!r}."
+        )
+    try:
+        jsonschema.validate(content, _schema())
+    except jsonschema.ValidationError as error:
+        where = "/".join(map(str, error.absolute_path)) or "the top level"
+        raise ValueError(f"{os.fspath(path)}: {where}: {error.message}") from error
+    del content["schema_version"]
+    rows = [Row(**row) for row in content.pop("rows")]
+    return Results(**content, rows=rows)
+
+
+def regressions(old: Iterable[Row], new: Iterable[Row], margin: float) -> list[str]:
+    """What got worse from one run to another.
+
+    A row got slower if its median grew by more than `margin` (a fraction) and its lower quartile
+    lies above the old upper quartile; larger if its temporary memory grew by more than
+    `MEMORY_MARGIN`; and it broke if only the old one has a time. Rows of one run only do not count.
+
+    Returns:
+      One line for each.
+    """
+    before, found = {row.key: row for row in old}, []
+    for row in new:
+        if row.key not in before:
+            continue
+        reference = before[row.key]
+        name = f"{row.what} N={row.n} {row.dtype} {row.mode} {row.label}"
+        if reference.status == "ok" and row.status != "ok":
+            found.append(f"{name}: {row.status}, was ok")
+        if _is_slower(reference, row, margin):
+            found.append(
+                f"{name}: {row.median_ms:.3g} ms, was {reference.median_ms:.3g} ms "
+                f"({row.median_ms / reference.median_ms:.2f} times)"  # type: ignore[operator]
+            )
+        old_bytes, new_bytes = reference.temp_bytes, row.temp_bytes
+        if old_bytes and new_bytes and new_bytes > (1 + MEMORY_MARGIN) * old_bytes:
+            found.append(
+                f"{name}: {new_bytes / 1e6:.1f} MB of temporary memory, "
+                f"was {old_bytes / 1e6:.1f} MB"
+            )
+    return found
+
+
+def _is_slower(old: Row, new: Row, margin: float) -> bool:
+    if old.median_ms is None or new.median_ms is None:
+        return False
+    assert old.q3_ms is not None
+    assert new.q1_ms is not None
+    return new.median_ms > (1 + margin) * old.median_ms and new.q1_ms > old.q3_ms

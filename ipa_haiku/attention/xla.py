@@ -1,0 +1,336 @@
+"""Exact attention in plain XLA, shaped for matrix products, with a hand-written gradient.
+
+Same result as `reference`, in another order of operations:
+
+- point distances are sums of squared differences, never expanded: exact at any coordinates;
+- the softmax stays unnormalised until the outputs are small;
+- the gradient keeps one [H, Nq, Nk] array from the forward pass (none with `query_block`) and
+  touches `inputs_2d` three times;
+- coordinates are recentred, so that the gradient's matrix products do not cancel large numbers.
+
+Below, x is an `IPAInputs` of one protein in float32 (or float64); letters in einsums: q queries,
+k keys, h heads, c channels.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ipa_haiku.attention.base import (
+    MASK_PENALTY,
+    IPAInputs,
+    IPAOutput,
+    LogitScales,
+    masked_center,
+)
+
+# Products that involve points: never bfloat16 or TF32.
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+_NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
+
+
+class _Static(NamedTuple):
+    scales: LogitScales
+    precision: jax.lax.PrecisionLike
+    query_block: int | None
+
+
+def attend(
+    inputs: IPAInputs,
+    scales: LogitScales,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    query_block: int | None = None,
+) -> IPAOutput:
+    """Invariant point attention by matrix products, with a hand-written gradient.
+
+    Args:
+      inputs: the array arguments, checked.
+      scales: static factors of the logit terms.
+      precision: of the matrix products over scalar and pair channels.
+      query_block: how many query rows to process at a time, forward and backward; None for all.
+
+    Returns:
+      `IPAOutput` without attention weights.
+
+    Raises:
+      TypeError: under forward-mode differentiation, which only `reference` supports.
+    """
+    key_center = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
+    center = masked_center(key_center, inputs.k_mask)[..., None, None, None, :]
+    inputs = inputs._replace(
+        q_point=inputs.q_point - center, k_point=inputs.k_point - center,
+        v_point=inputs.v_point - center,
+    )  # fmt: skip
+    if query_block is not None and query_block >= inputs.num_query:
+        query_block = None
+    attend_batch = functools.partial(_attend, _Static(scales, precision, query_block))
+    axes = IPAInputs(**{name: None if name in _NO_BATCH else 0 for name in IPAInputs._fields})
+    for _ in range(inputs.q_mask.ndim - 1):
+        attend_batch = jax.vmap(attend_batch, in_axes=(axes,))
+    try:
+        out = attend_batch(inputs)
+    except TypeError as error:
+        if "forward-mode" in str(error):
+            raise TypeError(
+                "implementation='xla' has a hand-written reverse-mode gradient and no forward "
+                "mode (jvp, jacfwd, linearize); use implementation='reference' for that."
+            ) from error
+        raise
+    return out._replace(point=out.point + center)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, inputs: IPAInputs) -> IPAOutput:
+    return _attend_fwd(static, inputs)[0]
+
+
+def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
+    weights = None
+    if static.query_block is not None:
+        out = _forward_in_blocks(static, inputs)
+    else:
+        x = _widen(inputs)
+        weights = _softmax(static, x)
+        out = _outputs(static, x, *weights)
+    # The wide outputs are kept: the gradient takes a difference with them.
+    return _narrow(out, inputs), (inputs, out, weights)
+
+
+def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
+    inputs, out, weights = residuals
+    if weights is None:
+        grads = _backward_in_blocks(static, inputs, out, cotangent)
+    else:
+        cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
+        grads = _backward(static, _widen(inputs), out, *weights, cotangent)
+    return (IPAInputs(*(g.astype(a.dtype) for g, a in zip(grads, inputs))),)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
+    """Attention weights as exp(logits - max) [H, Nq, Nk] and 1 / their sums [H, Nq] (line 7)."""
+    scales = static.scales
+    q_scalar = jnp.swapaxes(scales.scalar * x.q_scalar, 0, 1)  # [H, Nq, C]
+    k_scalar = jnp.moveaxis(x.k_scalar, 0, -1)  # [H, C, Nk]
+    logits = jnp.matmul(q_scalar, k_scalar, precision=static.precision)
+
+    q_point = jnp.moveaxis(_flat(x.q_point), 0, -1)  # [H, P*3, Nq]
+    k_point = jnp.moveaxis(_flat(x.k_point), 0, -1)  # [H, P*3, Nk]
+    square_distance = sum(
+        jnp.square(q_point[:, i, :, None] - k_point[:, i, None, :]) for i in range(q_point.shape[1])
+    )
+    # All of inputs_2d as one tall matrix; transposing the small result is cheaper than any
+    # contraction that puts heads first.
+    z = x.inputs_2d.reshape(-1, x.inputs_2d.shape[-1])
+    pair = jnp.matmul(z, scales.pair * x.pair_weights, precision=static.precision)
+    pair = (pair + scales.pair * x.pair_bias).reshape(x.num_query, x.num_key, x.num_head)
+
+    terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * square_distance
+    mask_2d = x.q_mask[:, None] * x.k_mask
+    terms = terms - MASK_PENALTY * (1.0 - mask_2d)
+    # Rounding to its own precision changes nothing, and XLA:CPU does not fuse it into the matmul
+    # above: without it, that fusion takes in half of the distances, and the other half is written
+    # out, at three times the cost.
+    info = jnp.finfo(terms.dtype)
+    terms = jax.lax.reduce_precision(terms, info.nexp, info.nmant)
+    logits = scales.total * (logits + terms)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return weights, 1.0 / jnp.sum(weights, axis=-1)
+
+
+def _outputs(static: _Static, x: IPAInputs, weights: jax.Array, scale: jax.Array) -> IPAOutput:
+    """Scalar, point and pair outputs from weights [H, Nq, Nk] times scale [H, Nq] (lines 8-10)."""
+    scale = scale.T[..., None]  # [Nq, H, 1]
+    value = scale * jnp.einsum("hqk,khc->qhc", weights, _values(x), precision=_HIGHEST)
+    pair = jnp.einsum(
+        "qhk,qkc->qhc", jnp.swapaxes(weights, 0, 1), x.inputs_2d, precision=static.precision
+    )
+    scalar, point = jnp.split(value, [x.v_scalar.shape[-1]], axis=-1)
+    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), scale * pair)
+
+
+def _backward(
+    static: _Static,
+    x: IPAInputs,
+    out: IPAOutput,
+    weights: jax.Array,
+    scale: jax.Array,
+    cotangent: IPAOutput,
+) -> IPAInputs:
+    """Gradient of every input; zero for the masks by definition."""
+    scales, precision = static.scales, static.precision
+    # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
+    # the dot product of the outputs with their cotangents.
+    dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
+    delta = sum(jnp.sum(dy * y, axis=-1) for dy, y in (
+        (cotangent.scalar, out.scalar),
+        (_flat(cotangent.point), _flat(out.point)),
+        (cotangent.pair, out.pair),
+    ))  # fmt: skip  # [Nq, H]
+    dattention = jnp.einsum("qhc,khc->hqk", dvalue, _values(x), precision=_HIGHEST)
+    dattention_pair = jnp.einsum("qkc,qhc->qkh", x.inputs_2d, cotangent.pair, precision=precision)
+    attention = scale[..., None] * weights
+    dlogits = attention * (dattention + jnp.moveaxis(dattention_pair, -1, 0) - delta.T[..., None])
+    dlogits = scales.total * dlogits
+
+    dv = jnp.einsum("hqk,qhc->khc", attention, dvalue, precision=_HIGHEST)
+    dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
+    grads_qk = _backward_queries_and_keys(static, x, dlogits)
+
+    pair_weights = scales.pair * x.pair_weights.T  # [H, C_z]
+    dpair = jnp.einsum(
+        "qhk,qkc->qhc", jnp.swapaxes(dlogits, 0, 1), x.inputs_2d, precision=precision
+    )
+    # d(inputs_2d)_qk = sum_h attention_hqk dpair_qh + dlogits_hqk pair_weights_h, as one product.
+    left = jnp.concatenate([attention, dlogits], axis=0)  # [2H, Nq, Nk]
+    right = jnp.concatenate(
+        [cotangent.pair, jnp.broadcast_to(pair_weights, cotangent.pair.shape)], axis=1
+    )  # [Nq, 2H, C_z]
+    dinputs_2d = jnp.einsum("qgk,qgc->qkc", jnp.swapaxes(left, 0, 1), right, precision=precision)
+    return IPAInputs(
+        v_scalar=dv_scalar,
+        v_point=dv_point.reshape(x.v_point.shape),
+        inputs_2d=dinputs_2d,
+        pair_weights=scales.pair * jnp.sum(dpair, axis=0).T,
+        # Shifts all logits of a row alike, so the softmax does not see it.
+        pair_bias=jnp.zeros_like(x.pair_bias),
+        q_mask=jnp.zeros_like(x.q_mask),
+        k_mask=jnp.zeros_like(x.k_mask),
+        **grads_qk,
+    )
+
+
+def _backward_queries_and_keys(
+    static: _Static, x: IPAInputs, dlogits: jax.Array
+) -> dict[str, jax.Array]:
+    """Gradients of scalar and point queries and keys, and of the point weights.
+
+    With g = dlogits, d(q_point) = -w sum_k g_qk (Q_q - K_k) = w (sum_k g K_k - Q_q sum_k g), and
+    likewise for keys: two products give all four gradients, and the point weights' as well.
+    """
+    q_point, k_point = _flat(x.q_point), _flat(x.k_point)
+    keys = jnp.concatenate([x.k_scalar, k_point, jnp.ones_like(k_point[..., :1])], axis=-1)
+    queries = jnp.concatenate([x.q_scalar, q_point, jnp.ones_like(q_point[..., :1])], axis=-1)
+    sums_q = jnp.einsum("hqk,khc->qhc", dlogits, keys, precision=_HIGHEST)
+    sums_k = jnp.einsum("hqk,qhc->khc", dlogits, queries, precision=_HIGHEST)
+    at = [x.q_scalar.shape[-1], sums_q.shape[-1] - 1]
+    dq_scalar, sum_k_point, sum_q_one = jnp.split(sums_q, at, axis=-1)
+    dk_scalar, sum_q_point, sum_k_one = jnp.split(sums_k, at, axis=-1)
+
+    w = x.point_weights[:, None]
+    # sum g |Q - K|^2 = sum_q Q (Q sum_k g - sum_k g K) + sum_k K (K sum_q g - sum_q g Q)
+    to_q, to_k = sum_k_point - q_point * sum_q_one, sum_q_point - k_point * sum_k_one
+    dpoint_weights = 0.5 * (jnp.sum(q_point * to_q, (0, 2)) + jnp.sum(k_point * to_k, (0, 2)))
+    return {
+        "q_scalar": static.scales.scalar * dq_scalar,
+        "k_scalar": static.scales.scalar * dk_scalar,
+        "q_point": (w * to_q).reshape(x.q_point.shape),
+        "k_point": (w * to_k).reshape(x.k_point.shape),
+        "point_weights": dpoint_weights,
+    }
+
+
+_BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask")
+
+
+def _forward_in_blocks(static: _Static, inputs: IPAInputs) -> IPAOutput:
+    """The outputs, `query_block` rows at a time."""
+
+    def block(i: jax.Array | int) -> tuple[jax.Array, IPAOutput]:
+        start, rows = _rows(static, inputs, i)
+        x = _widen(rows)
+        return start, _outputs(static, x, *_softmax(static, x))
+
+    def step(i: jax.Array, out: IPAOutput) -> IPAOutput:
+        start, rows = block(i)
+        return jax.tree.map(lambda a, b: _update(a, b, start), out, rows)
+
+    shapes = jax.eval_shape(block, 0)[1]
+    empty = jax.tree.map(lambda a: jnp.zeros((inputs.num_query, *a.shape[1:]), a.dtype), shapes)
+    return jax.lax.fori_loop(0, _num_block(static, inputs), step, empty)
+
+
+def _backward_in_blocks(
+    static: _Static, inputs: IPAInputs, out: IPAOutput, cotangent: IPAOutput
+) -> IPAInputs:
+    """The gradient, `query_block` rows at a time, with attention weights computed anew."""
+    num_block = _num_block(static, inputs)
+    dtype = inputs.logits_dtype
+
+    def step(j: jax.Array, grads: IPAInputs) -> IPAInputs:
+        i = num_block - 1 - j
+        start, rows = _rows(static, inputs, i)
+        # The last block reaches back over rows of the one before it. They count for nothing in
+        # it, and as it comes first, what it wrote there is written over.
+        fresh = start + jnp.arange(static.query_block) >= i * static.query_block
+        out_rows, cotangent_rows = (
+            jax.tree.map(lambda a: _slice(a, start, static.query_block).astype(dtype), tree)
+            for tree in (out, cotangent)
+        )
+        cotangent_rows = jax.tree.map(
+            lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
+        )
+        x = _widen(rows)
+        block = _backward(static, x, out_rows, *_softmax(static, x), cotangent_rows)
+        return IPAInputs(
+            **{
+                name: _update(getattr(grads, name), getattr(block, name), start)
+                if name in _BY_ROW
+                else getattr(grads, name) + getattr(block, name)
+                for name in IPAInputs._fields
+            }
+        )
+
+    zeros = {
+        name: jnp.zeros(a.shape, a.dtype if name == "inputs_2d" else dtype)
+        for name, a in inputs._asdict().items()
+    }
+    return jax.lax.fori_loop(0, num_block, step, IPAInputs(**zeros))
+
+
+def _num_block(static: _Static, inputs: IPAInputs) -> int:
+    return -(-inputs.num_query // static.query_block)
+
+
+def _rows(static: _Static, inputs: IPAInputs, i: jax.Array) -> tuple[jax.Array, IPAInputs]:
+    """First row and inputs of block i; the last block is moved back to be as long as the rest."""
+    start = jnp.minimum(i * static.query_block, inputs.num_query - static.query_block)
+    rows = {name: _slice(getattr(inputs, name), start, static.query_block) for name in _BY_ROW}
+    return start, inputs._replace(**rows)
+
+
+def _slice(a: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size)
+
+
+def _update(a: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, block.astype(a.dtype), start, axis=0)
+
+
+def _flat(points: jax.Array) -> jax.Array:
+    """[..., P, 3] -> [..., P*3]."""
+    return points.reshape(*points.shape[:-2], -1)
+
+
+def _values(x: IPAInputs) -> jax.Array:
+    """Scalar and point values side by side, [Nk, H, Cv + Pv*3]."""
+    return jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
+
+
+def _widen(inputs: IPAInputs) -> IPAInputs:
+    """Every array in float32, or float64 if any is."""
+    return IPAInputs(*(a.astype(inputs.logits_dtype) for a in inputs))
+
+
+def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
+    """Outputs in the dtypes that `IPAOutput` promises."""
+    return out._replace(
+        scalar=out.scalar.astype(inputs.v_scalar.dtype),
+        pair=out.pair.astype(inputs.inputs_2d.dtype),
+    )

@@ -1,0 +1,201 @@
+"""What the monomer and the multimer module share: all but projections, scales and the norm."""
+
+import abc
+from typing import Any, cast
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ipa_haiku import rigid
+from ipa_haiku.attention.api import (
+    DEFAULT_MEMORY_BUDGET,
+    invariant_point_attention,
+    select_implementation,
+)
+from ipa_haiku.attention.base import (
+    AttentionTerms,
+    IPAInputs,
+    IPAOutput,
+    LogitScales,
+    assert_floating,
+    assert_shape,
+    masked_center,
+)
+from ipa_haiku.common_modules import Linear
+from ipa_haiku.config import check_config
+
+NUM_LOGIT_TERMS = 3  # scalar, point and pair, each given a third of the logits' variance
+
+
+class BaseInvariantPointAttention(hk.Module):
+    """Invariant Point Attention but for projections, scales and the norm (Suppl. Alg. 22)."""
+
+    def __init__(
+        self,
+        config: Any,
+        global_config: Any = None,
+        dist_epsilon: float = 1e-8,
+        name: str = "invariant_point_attention",
+        *,
+        implementation: str | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        query_block: int | None = None,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        """Sets up the module; the first four arguments are AF2's.
+
+        Args:
+          config: sizes, an `IPAConfig` or anything with its attributes, such as AF2's own config.
+          global_config: anything with `zero_init` (whether the output starts as zero); None means
+            AF2's default, True.
+          dist_epsilon: keeps the gradient of the norm of output points finite at zero. The
+            monomer adds it to squared norms (squared units of translation), the multimer takes
+            it as the smallest norm (units of translation).
+          name: Haiku module name.
+          implementation: of the attention core, as in `invariant_point_attention`.
+          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`.
+          query_block: rows at a time, as in `invariant_point_attention`.
+          memory_budget: in bytes, as in `invariant_point_attention`.
+
+        Raises:
+          ValueError: if a size in `config` is missing or not a positive integer.
+        """
+        super().__init__(name=name)
+        check_config(config)
+        self.config = config
+        self.global_config = global_config
+        self._zero_init = True if global_config is None else global_config.zero_init
+        self._dist_epsilon = dist_epsilon
+        self._implementation = implementation
+        self._query_block = query_block
+        self._memory_budget = memory_budget
+        self._precision = precision
+
+    @abc.abstractmethod
+    def _core_inputs(
+        self,
+        inputs_1d: jax.Array,
+        inputs_2d: jax.Array,
+        mask: jax.Array,
+        rotation: jax.Array,
+        translation: jax.Array,
+    ) -> IPAInputs:
+        """Projects to the arrays of the attention core (lines 1 to 4); mask [..., N].
+
+        Creates its parameters in AF2's order, so that a key gives AF2's initial parameters, and
+        as `hk.transparent`, so that they are children of the module itself.
+        """
+
+    @abc.abstractmethod
+    def _logit_scales(self) -> LogitScales:
+        """The factors of the logit terms (line 7)."""
+
+    @abc.abstractmethod
+    def _norm(self, point: jax.Array) -> jax.Array:
+        """Norms [...] of points [..., 3] (line 11), with a finite gradient at zero."""
+
+    @hk.transparent
+    def _attend(
+        self,
+        inputs_1d: jax.Array,
+        inputs_2d: jax.Array,
+        mask: jax.Array,
+        frames: Any,
+        frames_name: str,
+        return_attention: bool,
+    ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
+        rotation, translation = rigid.to_rotation_translation(frames, frames_name)
+        _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name)
+        mask = mask[..., 0]
+        *batch, num_residue = mask.shape
+        selection = select_implementation(
+            (*batch, self.config.num_head, num_residue, num_residue),
+            implementation=self._implementation,
+            query_block=self._query_block,
+            memory_budget=self._memory_budget,
+            return_attention=return_attention,
+        )
+        if selection.implementation != "reference":
+            # Global coordinates lose digits far from the origin; moving all frames changes
+            # nothing else.
+            translation = translation - masked_center(translation, mask)[..., None, :]
+        result = invariant_point_attention(
+            *self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation),
+            self._logit_scales(),
+            implementation=selection.implementation,
+            precision=self._precision,
+            query_block=selection.query_block,
+            memory_budget=self._memory_budget,
+            return_attention=return_attention,
+        )
+        point_local = rigid.invert_point(rotation, translation, result.point)
+        features = _output_features(result, point_local, self._norm(point_local))
+        output = Linear(
+            self.config.num_channel,
+            initializer="zeros" if self._zero_init else "linear",
+            precision=self._precision,
+            name="output_projection",
+        )(features.astype(inputs_1d.dtype))
+        return output if result.attention is None else (output, result.attention)
+
+    @hk.transparent
+    def _pair_weights_and_bias(self, inputs_2d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights [C_z, H] and bias [H] of the pair term."""
+        linear = Linear(self.config.num_head, name="attention_2d")
+        weights, bias = linear.weights_and_bias(inputs_2d)
+        return weights, cast(jax.Array, bias)
+
+    def _point_weights(self, logit_terms: int) -> jax.Array:
+        """Weights [H] of squared distances (gamma of line 7), 1 / `logit_terms` of the variance.
+
+        For unit normal queries and keys each point contributes variance 9/2 to the logit.
+        """
+        trainable = hk.get_parameter(
+            "trainable_point_weights",
+            shape=[self.config.num_head],
+            init=hk.initializers.Constant(np.log(np.e - 1.0)),  # softplus of this is 1
+        )
+        scale = np.sqrt(1.0 / (logit_terms * self.config.num_point_qk * 9.0 / 2.0))
+        return float(scale) * jax.nn.softplus(trainable)
+
+
+def _check_inputs(
+    inputs_1d: jax.Array,
+    inputs_2d: jax.Array,
+    mask: jax.Array,
+    rotation: jax.Array,
+    frames_name: str,
+) -> None:
+    """Asserts that the arguments of a module fit each other.
+
+    Raises:
+      TypeError: if one is not an array.
+      AssertionError: naming the first that does not fit, its axes and both shapes.
+    """
+    for name, x in (("inputs_1d", inputs_1d), ("inputs_2d", inputs_2d), ("mask", mask)):
+        assert_floating(name, x)
+    if inputs_1d.ndim < 2 or 0 in inputs_1d.shape:
+        raise AssertionError(
+            f"inputs_1d must have shape [..., N, C_s], none of them zero, got {inputs_1d.shape}."
+        )
+    batch = inputs_1d.shape[:-1]
+    assert_shape("inputs_2d", inputs_2d, "... N N C_z", (*batch, batch[-1], None))
+    assert_shape("mask", mask, "... N 1", (*batch, 1))
+    assert_shape(f"{frames_name}'s rotation", rotation, "... N 3 3", (*batch, 3, 3))
+
+
+def _output_features(result: IPAOutput, point_local: jax.Array, norm: jax.Array) -> jax.Array:
+    """Concatenates what the output projection reads (line 11): [..., N, H*(Cv + 4*Pv + C_z)].
+
+    Args:
+      result: of the attention core.
+      point_local: [..., N, H, Pv, 3] output points in the local frames.
+      norm: [..., N, H, Pv] their norms.
+
+    Returns:
+      The features in AF2's order: scalar, local x, local y, local z, norm, pair.
+    """
+    parts = [result.scalar, *(point_local[..., d] for d in range(3)), norm, result.pair]
+    return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)

@@ -1,0 +1,497 @@
+"""Parameters from and to AlphaFold 2's .npz files, OpenFold and ESMFold.
+
+Parameters are Haiku's, `{scope: {name: array}}`; those read or converted are NumPy arrays, so that
+no bit changes on the way. An .npz file of AF2 holds them flat, under keys `<scope>//<name>`. Every
+function checks all that it is given before it makes anything, and changes none of its arguments.
+"""
+
+import dataclasses
+import io
+import os
+import types
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Set
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from ipa_haiku.config import IPAConfig
+
+Params = dict[str, dict[str, Any]]
+ParamsLike = Mapping[str, Mapping[str, Any]]
+Variant = Literal["monomer", "multimer"]
+Layout = Literal["openfold", "esmfold"]
+
+
+# --- files and scopes ----------------------------------------------------------------------------
+
+
+def read_npz(path: str | os.PathLike[str]) -> Params:
+    """Reads all parameters of an .npz file such as AF2's `params_model_1.npz`.
+
+    Args:
+      path: of a file with arrays under keys `<scope>//<name>`; pickled arrays are refused.
+
+    Returns:
+      Haiku parameters of the whole model, in the order of the file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is no .npz or incomplete, or an array is damaged, pickled or under a
+        key of another form, naming the file and the key.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            return _unflatten({m.removesuffix(".npy"): _read_array(archive, m) for m in members})
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"cannot read {os.fspath(path)} as AF2's parameters: {error}") from error
+
+
+# What `zipfile` and `np.load` raise for damaged data, depending on where it is damaged.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+
+
+def _read_array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
+    try:
+        # All of the member is read, so that its checksum is compared.
+        stream = io.BytesIO(archive.read(member))
+        array = np.load(stream, allow_pickle=False)
+    except _DAMAGED as error:
+        raise ValueError(f"{member}: {error}") from error
+    if not isinstance(array, np.ndarray) or stream.read(1):
+        raise ValueError(f"{member}: it is not one array.")
+    return array
+
+
+def write_npz(path: str | os.PathLike[str], params: ParamsLike) -> None:
+    """Writes parameters as an .npz file in AF2's form: the inverse of `read_npz`.
+
+    Args:
+      path: of the file; one that exists is replaced when the new one is complete.
+      params: Haiku parameters.
+
+    Raises:
+      ValueError: if a scope or name makes no key `<scope>//<name>`, or an array is of a dtype that
+        .npz does not keep, such as bfloat16, naming the key.
+    """
+    flat = {key: np.asarray(x) for key, x in _flatten(params).items()}
+    for key, x in flat.items():
+        if x.dtype.kind in "OV":  # objects, and types that are not NumPy's own
+            raise ValueError(f"{key} has dtype {x.dtype}, which .npz does not keep.")
+    partial = f"{os.fspath(path)}.partial"
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **flat)  # type: ignore[arg-type]  # no key names another argument
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def rename_scope(params: ParamsLike, old: str, new: str) -> Params:
+    """Moves all parameters at and below the scope `old` to the scope `new`.
+
+    Args:
+      params: Haiku parameters.
+      old: scope such as `alphafold`.
+      new: scope such as `my_model/alphafold`.
+
+    Returns:
+      All parameters, in their order.
+
+    Raises:
+      KeyError: if there are none at or below `old`.
+      ValueError: if there are parameters already where others would go.
+    """
+    flat, moved = _flatten(params), _below(params, old)
+    if any(new + key in flat and not (new + key).startswith(f"{old}/") for key in moved):
+        raise ValueError(f"{old!r} cannot become {new!r}: there are parameters of these names.")
+    names = {old + key: new + key for key in moved}
+    return _unflatten({names.get(key, key): x for key, x in flat.items()})
+
+
+def _flatten(params: ParamsLike) -> dict[str, Any]:
+    flat = {}
+    for scope, arrays in params.items():
+        for name, x in arrays.items():
+            key = f"{scope}//{name}"
+            if _split(key) != (scope, name):
+                raise ValueError(f"the key {key!r} is not of the form <scope>//<name>.")
+            flat[key] = x
+    return flat
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Params:
+    params: Params = {}
+    for key, x in flat.items():
+        scope, name = _split(key)
+        params.setdefault(scope, {})[name] = x
+    return params
+
+
+def _split(key: str) -> tuple[str, str]:
+    parts = key.split("//")
+    if len(parts) != 2 or not all(parts):
+        raise ValueError(f"the key {key!r} is not of the form <scope>//<name>.")
+    return parts[0], parts[1]
+
+
+def _below(params: ParamsLike, scope: str) -> dict[str, Any]:
+    """Parameters at and below the scope, under what their keys have after it."""
+    flat = _flatten(params)
+    below = {k.removeprefix(scope): x for k, x in flat.items() if k.startswith(f"{scope}/")}
+    if not below:
+        raise KeyError(f"no parameters at or below the scope {scope!r}")
+    return below
+
+
+# --- the attention module in a model -------------------------------------------------------------
+
+
+def extract_module(
+    params: ParamsLike,
+    scope: str | None = None,
+    *,
+    name: str = "invariant_point_attention",
+    variant: Variant | None = None,
+    config: Any = None,
+) -> Params:
+    """Takes the parameters of one `InvariantPointAttention` out of a model's.
+
+    Args:
+      params: Haiku parameters of a model.
+      scope: of the module in the model; None means the only one there is.
+      name: scope of the module in the result.
+      variant: the one that it has to be; None means either.
+      config: the sizes that it has to have; None means any that fit together.
+
+    Returns:
+      The parameters of the module: all that it needs and no others.
+
+    Raises:
+      KeyError: if there is no such module, or naming what is missing or superfluous in it.
+      ValueError: if it is of the other variant, or naming what has a wrong shape or dtype.
+    """
+    module = _module(params, scope, config)
+    if variant not in (None, module.variant):
+        raise ValueError(f"{module.scope} has parameters of the {module.variant}, not {variant}.")
+    return _unflatten({name + key: x for key, x in module.arrays.items()})
+
+
+def replace_module(
+    params: ParamsLike, module_params: ParamsLike, scope: str | None = None
+) -> Params:
+    """Puts the parameters of one `InvariantPointAttention` in the place of those in a model.
+
+    Args:
+      params: Haiku parameters of a model.
+      module_params: those of the module alone, under any name.
+      scope: of the module in the model; None means the only one there is.
+
+    Returns:
+      Parameters of the model, in their order.
+
+    Raises:
+      KeyError: as in `extract_module`, of the model or of the module alone.
+      ValueError: likewise, or if the two differ in variant or shapes.
+    """
+    old, new = _module(params, scope), _module(module_params)
+    if old.variant != new.variant:
+        raise ValueError(f"{old.scope} is of the {old.variant}, {new.scope} of the {new.variant}.")
+    _check_shapes(new.arrays, {key: x.shape for key, x in old.arrays.items()}, new.scope.__add__)
+    replaced = {old.scope + key: x for key, x in new.arrays.items()}
+    return _unflatten(_flatten(params) | replaced)
+
+
+def config_of(params: ParamsLike, scope: str | None = None) -> IPAConfig:
+    """The sizes of the `InvariantPointAttention` that has these parameters.
+
+    Args:
+      params: Haiku parameters of a model, or of the module alone.
+      scope: of the module in `params`; None means the only one there is.
+
+    Raises:
+      KeyError: as in `extract_module`.
+      ValueError: likewise.
+    """
+    return _module(params, scope).sizes.config
+
+
+class _Module(NamedTuple):
+    scope: str
+    arrays: dict[str, np.ndarray]  # under what their keys have after the scope
+    variant: Variant
+    sizes: "_Sizes"
+
+
+def _module(params: ParamsLike, scope: str | None = None, config: Any = None) -> _Module:
+    """The module at `scope`, checked; the only one there is if that is None."""
+    if scope is None:
+        scopes = [s for s, arrays in params.items() if _POINT_WEIGHTS.removeprefix("//") in arrays]
+        if len(scopes) != 1:
+            raise KeyError(f"one scope with trainable_point_weights expected, found {scopes}")
+        (scope,) = scopes
+    arrays = {key: np.asarray(x) for key, x in _below(params, scope).items()}
+    return _Module(scope, arrays, *_check_module(arrays, scope.__add__, config))
+
+
+# --- OpenFold and ESMFold ------------------------------------------------------------------------
+
+
+def from_openfold(
+    tensors: Mapping[str, Any],
+    prefix: str | None = None,
+    *,
+    name: str = "invariant_point_attention",
+) -> Params:
+    """Converts OpenFold's or ESMFold's tensors to parameters of `InvariantPointAttention`.
+
+    Args:
+      tensors: a state dict of the module or of a whole model; NumPy arrays, torch tensors or
+        anything that NumPy converts. Both spellings are read: `linear_q_points.weight` (ESMFold
+        and OpenFold 1) and `linear_q_points.linear.weight` (OpenFold 2, monomer and multimer).
+      prefix: of the module's keys, such as `trunk.structure_module.ipa`; None means the only place
+        with `head_weights`.
+      name: scope of the module in the result.
+
+    Returns:
+      The parameters of the module, monomer or multimer as the tensors are.
+
+    Raises:
+      KeyError: if there is no such module, or naming what is missing or superfluous in it.
+      TypeError: naming a tensor that NumPy cannot hold, such as one of torch's bfloat16.
+      ValueError: naming what has a wrong shape or dtype.
+    """
+    start = _find_openfold(tensors) if prefix is None else _start(prefix)
+    theirs = {key: _to_numpy(key, x) for key, x in tensors.items() if key.startswith(start)}
+    candidates = {kind: _openfold_keys(*kind, start) for kind in _OPENFOLD_KINDS}
+    variant, layout = max(
+        candidates, key=lambda kind: len(theirs.keys() & candidates[kind].values())
+    )
+    names = candidates[variant, layout]
+    _check_keys(theirs.keys(), set(names.values()))
+    num_head = max(theirs[names[_POINT_WEIGHTS]].size, 1)  # none at all is refused below
+    module = {
+        key: _from_linear(theirs[names[key]], names[key], shape, num_head)
+        for key, shape in _shapes(variant, _ANY_SIZES).items()
+    }
+    _check_module(module, lambda key: f"{names[key]}, transposed,")
+    return _unflatten({name + key: x for key, x in module.items()})
+
+
+def to_openfold(
+    params: ParamsLike, scope: str | None = None, *, prefix: str = "", layout: Layout = "openfold"
+) -> dict[str, np.ndarray]:
+    """Converts parameters of `InvariantPointAttention` to OpenFold's or ESMFold's tensors.
+
+    Args:
+      params: Haiku parameters of a model, or of the module alone.
+      scope: of the module in `params`; None means the only one there is.
+      prefix: of the keys of the result, such as `trunk.structure_module.ipa`.
+      layout: "openfold" for the keys of OpenFold 2, "esmfold" for those of ESMFold and OpenFold 1.
+
+    Returns:
+      A state dict of NumPy arrays, the inverse of `from_openfold`.
+
+    Raises:
+      KeyError: as in `extract_module`.
+      ValueError: likewise, or if the layout has no module of this variant or these sizes.
+    """
+    module = _module(params, scope)
+    if (module.variant, layout) not in _OPENFOLD_KINDS:
+        raise ValueError(f"there is no {module.variant} in the layout {layout!r}.")
+    c, c_s = module.sizes.config, module.sizes.num_single
+    if (c.num_scalar_v, c.num_channel) != (c.num_scalar_qk, c_s):
+        raise ValueError(
+            "OpenFold's values have as many scalar channels as its queries, and its outputs as "
+            f"inputs_1d, got {c} and {c_s} channels of inputs_1d."
+        )
+    names = _openfold_keys(module.variant, layout, _start(prefix))
+    return {theirs: _to_linear(module.arrays[key], key) for key, theirs in names.items()}
+
+
+# OpenFold's names of our projections.
+_OPENFOLD_LINEAR: dict[str, str] = {
+    "/q_scalar": "linear_q",
+    "/kv_scalar": "linear_kv",
+    "/q_point_local": "linear_q_points",
+    "/kv_point_local": "linear_kv_points",
+    "/q_scalar_projection": "linear_q",
+    "/k_scalar_projection": "linear_k",
+    "/v_scalar_projection": "linear_v",
+    "/q_point_projection/point_projection": "linear_q_points",
+    "/k_point_projection/point_projection": "linear_k_points",
+    "/v_point_projection/point_projection": "linear_v_points",
+    "/attention_2d": "linear_b",
+    "/output_projection": "linear_out",
+}
+_OPENFOLD_KINDS: tuple[tuple[Variant, Layout], ...] = (
+    ("monomer", "openfold"),
+    ("monomer", "esmfold"),
+    ("multimer", "openfold"),
+)
+
+
+def _find_openfold(tensors: Mapping[str, Any]) -> str:
+    keys = [key for key in tensors if key.rpartition(".")[2] == "head_weights"]
+    if len(keys) != 1:
+        raise KeyError(f"one key head_weights expected, found {keys}")
+    return keys[0].removesuffix("head_weights")
+
+
+def _start(prefix: str) -> str:
+    return f"{prefix}." if prefix else ""
+
+
+def _openfold_keys(variant: Variant, layout: Layout, start: str) -> dict[str, str]:
+    """Our keys of all parameters and OpenFold's."""
+    names = {}
+    for key in _shapes(variant, _ANY_SIZES):
+        child, _, name = key.partition("//")
+        linear = _OPENFOLD_LINEAR.get(child, "")
+        if layout == "openfold" and linear.endswith("_points"):
+            linear += ".linear"
+        name = {"weights": "weight"}.get(name, name)
+        names[key] = start + (f"{linear}.{name}" if child else "head_weights")
+    return names
+
+
+def _to_numpy(key: str, tensor: Any) -> np.ndarray:
+    try:
+        if hasattr(tensor, "detach"):  # torch's, on any device
+            tensor = tensor.detach().cpu().numpy()
+        return np.asarray(tensor)
+    except TypeError as error:
+        raise TypeError(f"{key}: {error}") from error
+
+
+def _from_linear(x: np.ndarray, name: str, shape: tuple[int, ...], num_head: int) -> np.ndarray:
+    """Our layout of [outputs, inputs] or [outputs]: transposed, outputs by head if `shape` is."""
+    rank = 2 if name.endswith(".weight") else 1
+    if x.ndim != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got shape {x.shape}.")
+    *inputs, outputs = x.T.shape
+    if len(shape) == rank:
+        return np.array(x.T, order="C")
+    if outputs % num_head:
+        raise ValueError(f"{name} must have outputs for {num_head} heads, got shape {x.shape}.")
+    return np.array(x.T.reshape(*inputs, num_head, -1), order="C")
+
+
+def _to_linear(x: np.ndarray, key: str) -> np.ndarray:
+    """The inverse of `_from_linear`."""
+    inputs = x.shape[: key.endswith("//weights")]
+    return np.array(x.reshape(*inputs, -1).T, order="C")
+
+
+# --- names and shapes of the parameters ----------------------------------------------------------
+
+# Keys in this part are what follows the scope of the attention module.
+_POINT_WEIGHTS = "//trainable_point_weights"
+
+
+class _Sizes(NamedTuple):
+    num_single: int  # channels of inputs_1d
+    num_pair: int  # channels of inputs_2d
+    config: Any
+
+
+_ANY_SIZES = _Sizes(1, 1, IPAConfig())  # for names and numbers of dimensions
+
+
+def _shapes(variant: Variant, sizes: _Sizes) -> dict[str, tuple[int, ...]]:
+    """The parameters of a module and their shapes."""
+    c, c_s, c_z = sizes.config, sizes.num_single, sizes.num_pair
+    h, p, pv = c.num_head, c.num_point_qk, c.num_point_v
+    shapes: dict[str, tuple[int, ...]] = {_POINT_WEIGHTS: (h,)}
+    if variant == "monomer":
+        shapes |= _linear("q_scalar", c_s, h * c.num_scalar_qk)
+        shapes |= _linear("kv_scalar", c_s, h * (c.num_scalar_qk + c.num_scalar_v))
+        shapes |= _linear("q_point_local", c_s, h * 3 * p)
+        shapes |= _linear("kv_point_local", c_s, h * 3 * (p + pv))
+    else:
+        for x, channels in ("q", c.num_scalar_qk), ("k", c.num_scalar_qk), ("v", c.num_scalar_v):
+            shapes[f"/{x}_scalar_projection//weights"] = (c_s, h, channels)
+        for x, points in ("q", p), ("k", p), ("v", pv):
+            shapes |= _linear(f"{x}_point_projection/point_projection", c_s, h, 3 * points)
+    shapes |= _linear("attention_2d", c_z, h)
+    return shapes | _linear("output_projection", h * (c.num_scalar_v + 4 * pv + c_z), c.num_channel)
+
+
+def _linear(child: str, inputs: int, *outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"/{child}//weights": (inputs, *outputs), f"/{child}//bias": outputs}
+
+
+def _sizes(variant: Variant, module: Mapping[str, np.ndarray]) -> _Sizes:
+    """The sizes of a module of which the shapes fit together, and something for any other."""
+    shapes = {key: x.shape for key, x in module.items()}
+    h = max(shapes[_POINT_WEIGHTS][0], 1)  # none at all is refused for its shape
+    if variant == "monomer":
+        q, kv, q_point, kv_point = (
+            shapes[f"/{child}//bias"][0] // h
+            for child in ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
+        )
+        v, v_point = kv - q, kv_point - q_point
+        num_single = shapes["/q_scalar//weights"][0]
+    else:
+        num_single, _, q = shapes["/q_scalar_projection//weights"]
+        v = shapes["/v_scalar_projection//weights"][2]
+        q_point, v_point = (
+            shapes[f"/{x}_point_projection/point_projection//bias"][1] for x in "qv"
+        )
+    config = types.SimpleNamespace(
+        num_head=h,
+        num_scalar_qk=q,
+        num_scalar_v=v,
+        num_point_qk=q_point // 3,
+        num_point_v=v_point // 3,
+        num_channel=shapes["/output_projection//bias"][0],
+    )
+    return _Sizes(num_single, shapes["/attention_2d//weights"][0], config)
+
+
+def _check_module(
+    module: Mapping[str, np.ndarray], label: Callable[[str], str], config: Any = None
+) -> tuple[Variant, _Sizes]:
+    """Checks names, dtypes and shapes of all parameters; returns the kind of module they make."""
+    variant = max(
+        get_args(Variant), key=lambda v: len(_shapes(v, _ANY_SIZES).keys() & module.keys())
+    )
+    ranks = {key: len(shape) for key, shape in _shapes(variant, _ANY_SIZES).items()}
+    _check_keys({label(key) for key in module}, {label(key) for key in ranks})
+    for key, x in module.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{label(key)} must be floating-point, got {x.dtype}.")
+        if x.ndim != ranks[key]:
+            raise ValueError(f"{label(key)} must have {ranks[key]} dimensions, got {x.shape}.")
+    sizes = _sizes(variant, module)
+    if config is not None:
+        sizes = sizes._replace(config=config)
+    _check_shapes(module, _shapes(variant, sizes), label)
+    fields = (field.name for field in dataclasses.fields(IPAConfig))
+    return variant, sizes._replace(
+        config=IPAConfig(**{field: getattr(sizes.config, field) for field in fields})
+    )
+
+
+def _check_keys(found: Set[str], expected: Set[str]) -> None:
+    missing, superfluous = sorted(expected - found), sorted(found - expected)
+    if missing or superfluous:
+        raise KeyError(f"parameters of the module: missing {missing}, superfluous {superfluous}")
+
+
+def _check_shapes(
+    module: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    label: Callable[[str], str],
+) -> None:
+    wrong = [
+        f"{label(key)} has shape {x.shape} instead of {expected[key]}"
+        for key, x in module.items()
+        if x.shape != expected[key]
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))

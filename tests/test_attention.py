@@ -1,0 +1,400 @@
+"""Every implementation of the attention core through the same cases.
+
+Values and gradients are held to the error budget: against `reference` in float64, at most twice the
+error of `reference` in float32. To test another implementation, add a line at the end.
+"""
+
+import contextlib
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipa_haiku import LogitScales, invariant_point_attention
+from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.attention.base import IPAInputs, IPAOutput
+from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
+
+EPS = float(np.finfo(np.float32).eps)
+MONOMER = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
+MULTIMER = LogitScales(scalar=(1 / 16) ** 0.5, pair=1.0, total=(1 / 3) ** 0.5)
+
+PARAMETERS = ("pair_weights", "pair_bias", "point_weights")  # have no batch dimensions
+
+# Each case is drawn until there are as many residues: a few would have their errors by chance.
+NUM_RESIDUES = 200
+
+
+class Case(NamedTuple):
+    num_query: int
+    num_key: int
+    size: str = "tiny"
+    batch: tuple[int, ...] = ()
+    mask: str = "full"
+    masked_rows: bool = False  # whether to look at rows of masked queries too
+    points: str = "chain"
+    dtype: str = "float32"  # of scalars and pairs
+    scales: LogitScales = MONOMER
+
+
+CASES = {
+    "one": Case(1, 1),
+    "two": Case(2, 2),
+    "prime": Case(13, 13),
+    "odd": Case(21, 21, size="odd"),
+    "more_than_a_block": Case(67, 67),
+    "af2_sizes": Case(33, 33, size="af2"),
+    "more_keys": Case(5, 18),
+    "more_queries": Case(18, 5, mask="holed"),
+    "one_query": Case(1, 11),
+    "one_key": Case(11, 1),
+    "batch": Case(7, 7, batch=(3,)),
+    "batches": Case(5, 6, batch=(2, 1, 2), mask="holed"),
+    "multimer": Case(13, 13, scales=MULTIMER, mask="padded"),
+    "padded": Case(13, 13, mask="padded"),
+    "holed": Case(13, 13, mask="holed"),
+    "masked_rows": Case(13, 13, mask="holed", masked_rows=True),
+    "all_masked": Case(13, 13, mask="zero", masked_rows=True),
+    "coincident": Case(13, 13, points="coincident"),
+    "half_turns": Case(13, 13, points="half_turns"),
+    "far": Case(13, 13, points="far"),
+    "bfloat16": Case(13, 13, dtype="bfloat16"),
+    "float16": Case(13, 13, dtype="float16", mask="padded"),
+}
+
+
+@functools.cache  # cases of the same shapes share a compilation
+def value_and_gradients(options: tuple[tuple[str, Any], ...], scales: LogitScales):
+    """A function to the outputs and the gradients of all arguments but the masks."""
+
+    @jax.jit
+    def run(inputs, rows, cotangents):
+        masks = {"q_mask": inputs.q_mask, "k_mask": inputs.k_mask}
+
+        def fn(arrays):
+            result = invariant_point_attention(
+                **arrays, **masks, logit_scales=scales, **dict(options)
+            )
+            return tuple(
+                x * jnp.expand_dims(rows, range(rows.ndim, x.ndim)).astype(x.dtype)
+                for x in result[:3]
+            )
+
+        arrays = {k: v for k, v in inputs._asdict().items() if k not in masks}
+        outputs, pull_back = jax.vjp(fn, arrays)
+        (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
+        # The softmax does not see the bias, whose exact gradient is zero: measure its error on the
+        # scale of the weights' gradient.
+        bias = gradients.pop("pair_bias")[None]
+        gradients["pair_weights"] = jnp.concatenate([gradients["pair_weights"], bias])
+        return IPAOutput(*outputs), gradients
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compute(sizes_of, make_core_inputs):
+    """From a case and an implementation to `value_and_gradients` of all draws, stacked."""
+
+    def draw(case, seed):
+        config = sizes_of(case.size).config
+        inputs = make_core_inputs(
+            sizes_of(case.size), case.num_query, case.num_key, seed=seed,
+            batch=case.batch, mask=case.mask, points=case.points, dtype=case.dtype,
+        )  # fmt: skip
+        rows = np.ones_like(inputs.q_mask) if case.masked_rows else inputs.q_mask
+        rng = np.random.default_rng(seed)
+        leading = (*case.batch, case.num_query, config.num_head)
+        channels = [(config.num_scalar_v,), (config.num_point_v, 3), inputs.inputs_2d.shape[-1:]]
+        # Rounded once, so that float16 and float64 runs pull back the same numbers.
+        cotangents = [jnp.asarray(rng.normal(size=leading + c), case.dtype) for c in channels]
+        return inputs, rows, tuple(cotangents)
+
+    @functools.cache
+    def compute(case: Case, options: tuple[tuple[str, Any], ...], float64: bool = False):
+        draws = [draw(case, seed) for seed in range(-(-NUM_RESIDUES // case.num_query))]
+        fn = value_and_gradients(options, case.scales)
+        with jax.enable_x64(float64):
+            if float64:
+                draws = jax.tree.map(lambda x: np.asarray(x, np.float64), draws)
+            results = [jax.device_get(fn(*args)) for args in draws]
+        return jax.tree.map(lambda *x: np.stack(x), *results)
+
+    return compute
+
+
+REFERENCE = (("implementation", "reference"),)
+
+
+@contextlib.contextmanager
+def refused_or():
+    """Yields a list that stays empty if what follows is refused, naming what to use instead."""
+    supported = []
+    try:
+        yield supported
+        supported.append(True)
+    except (NotImplementedError, TypeError) as error:
+        if "implementation='reference'" not in str(error):
+            raise
+
+
+@pytest.mark.usefixtures("debug_nans")
+class ImplementationTests:
+    """What every implementation promises; `options` go to `invariant_point_attention`."""
+
+    options: ClassVar[dict[str, Any]]
+
+    def attend(self, *inputs, scales=MONOMER, **options):
+        return invariant_point_attention(*inputs, scales, **self.options, **options)
+
+    def outputs(self, *inputs):
+        return self.attend(*inputs)[:3]
+
+    @pytest.fixture
+    def inputs(self, sizes_of, make_core_inputs):
+        return make_core_inputs(sizes_of("tiny"), 6, 7, mask="holed")
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_error_budget(self, name, compute):
+        fast = compute(CASES[name], tuple(self.options.items()))
+        reference = compute(CASES[name], REFERENCE)
+        exact = compute(CASES[name], REFERENCE, float64=True)
+        # Of gradients that are exactly zero, such as the queries' with a single key, rounding is
+        # left: 1e-6 of terms that are up to 100.
+        fast = jax.tree.map(
+            lambda x, y: x if np.any(y) else np.where(np.abs(x) < 1e-4, 0, x), fast, exact
+        )
+        assert_within_error_budget(fast, reference, exact)
+
+    @pytest.mark.parametrize("name", ["prime", "masked_rows", "all_masked", "coincident", "far"])
+    def test_float64(self, name, compute):
+        fast = compute(CASES[name], tuple(self.options.items()), float64=True)
+        exact = compute(CASES[name], REFERENCE, float64=True)
+        # Coordinates of 1000 units cost three digits, the mask's 1e5 five of 16.
+        digits = {"far": 1e3, "masked_rows": 1e5, "all_masked": 1e5}.get(name, 1)
+        eps = float(np.finfo(np.float64).eps)
+        assert_within_error_budget(fast, exact, exact, floor=100 * digits * eps)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_dtypes(self, dtype, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 3, 4, dtype=dtype)
+        result = jax.eval_shape(self.attend, *inputs)
+        chex.assert_type([result.scalar, result.pair, result.point], [dtype, dtype, "float32"])
+
+    def test_numerical_gradients(self, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 3, 4, mask="holed")
+        with jax.enable_x64(True):
+            inputs = IPAInputs(*(jnp.asarray(x, jnp.float64) for x in inputs))
+            fn = jax.jit(lambda *arrays: self.outputs(*arrays, *inputs[-2:]))
+            chex.assert_numerical_grads(
+                fn, inputs[:-2], order=1, modes=["rev"], atol=1e-6, rtol=1e-6
+            )
+
+    def test_jit_equals_eager(self, inputs):
+        # The compiler may fuse and reorder: a few float32 roundings.
+        chex.assert_trees_all_close(
+            jax.jit(self.outputs)(*inputs), self.outputs(*inputs), rtol=20 * EPS, atol=20 * EPS
+        )
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_vmap_equals_loop(self, shared, sizes_of, make_core_inputs):
+        draws = [make_core_inputs(sizes_of("tiny"), 6, 7, seed=seed) for seed in range(3)]
+        parameters = PARAMETERS if shared else ()
+        draws = [x._replace(**{k: getattr(draws[0], k) for k in parameters}) for x in draws]
+        axes = tuple(None if name in parameters else 0 for name in IPAInputs._fields)
+        stacked = [
+            x[0] if axis is None else jnp.stack(x) for axis, *x in zip(axes, *draws, strict=True)
+        ]
+        one_by_one = jax.jit(self.outputs)
+        loop = jax.tree.map(lambda *x: np.stack(x), *(one_by_one(*x) for x in draws))
+        mapped = jax.jit(jax.vmap(self.outputs, axes))(*stacked)
+        chex.assert_trees_all_close(mapped, loop, rtol=20 * EPS, atol=20 * EPS)
+
+    def test_batch_equals_loop(self, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 6, 7, batch=(2, 3))
+        batched, one_by_one = jax.jit(self.outputs)(*inputs), jax.jit(self.outputs)
+        for index in np.ndindex(2, 3):
+            arrays = inputs._asdict().items()
+            one = one_by_one(*(x if name in PARAMETERS else x[index] for name, x in arrays))
+            chex.assert_trees_all_close(
+                one, tuple(x[index] for x in batched), rtol=20 * EPS, atol=20 * EPS
+            )
+
+    def test_checkpoint(self, inputs):
+        arrays, masks = inputs[:-2], inputs[-2:]
+        assert_gradients_close(
+            jax.jit(jax.checkpoint(lambda *x: self.outputs(*x, *masks))),
+            jax.jit(lambda *x: self.outputs(*x, *masks)),
+            *arrays,
+            key=jax.random.key(0),
+            tolerance=20 * EPS,
+        )
+
+    def test_scan(self, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 6)
+
+        @jax.jit
+        def step(v_scalar):
+            return jnp.tanh(self.attend(*inputs._replace(v_scalar=v_scalar)).scalar)
+
+        def scanned(v_scalar):
+            return jax.lax.scan(lambda v, _: (step(v), None), v_scalar, length=4)[0]
+
+        def unrolled(v_scalar):
+            return step(step(step(step(v_scalar))))
+
+        v_scalar = inputs.v_scalar
+        chex.assert_trees_all_close(scanned(v_scalar), unrolled(v_scalar), atol=20 * EPS)
+        assert_gradients_close(
+            jax.jit(scanned), unrolled, v_scalar, key=jax.random.key(0), tolerance=1e-5
+        )
+
+    @pytest.mark.parametrize("transform", ["jvp", "hessian"])
+    def test_other_derivatives_are_right_or_refused(self, transform, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 2)
+
+        def run(**options):
+            def loss(q_point):
+                result = invariant_point_attention(
+                    *inputs._replace(q_point=q_point), MONOMER, **options
+                )
+                return jnp.sum(jnp.square(result.scalar))
+
+            if transform == "jvp":
+                # Not jitted: there the error is JAX's own, raised after tracing.
+                return jax.jvp(loss, (inputs.q_point,), (inputs.q_point,))[1]
+            return jax.jit(jax.jacrev(jax.grad(loss)))(inputs.q_point)
+
+        with refused_or() as supported:
+            result = run(**self.options)
+        if supported:
+            expected = run(implementation="reference")
+            chex.assert_trees_all_close(result, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
+
+    def test_return_attention(self, inputs):
+        with refused_or() as supported:
+            result = self.attend(*inputs, return_attention=True, scales=MULTIMER)
+        if not supported:
+            return
+        plain = self.attend(*inputs, scales=MULTIMER)
+        chex.assert_trees_all_close(result[:3], plain[:3], atol=1e-5)
+        weights, *terms = result.attention
+        chex.assert_shape([weights, *terms], (2, 6, 7))
+        np.testing.assert_allclose(jnp.sum(weights, axis=-1), 1, atol=7 * EPS)
+        mask_2d = inputs.q_mask[:, None] * inputs.k_mask
+        valid = inputs.q_mask == 1  # float32 keeps 8e-3 of a masked row's logits
+        logits = sum(terms) - MULTIMER.total * 1e5 * (1 - mask_2d)
+        expected = jax.nn.softmax(logits, axis=-1)
+        np.testing.assert_allclose(weights[:, valid], expected[:, valid], atol=1e-6)
+
+    def test_not_asked_for_attention(self, inputs):
+        assert self.attend(*inputs).attention is None
+
+    def test_masked_keys_are_not_seen(self, inputs):
+        masked = inputs.k_mask == 0
+        garbage = inputs._replace(
+            k_scalar=jnp.where(masked[:, None, None], 1e2, inputs.k_scalar),
+            v_scalar=jnp.where(masked[:, None, None], 1e4, inputs.v_scalar),
+            k_point=jnp.where(masked[:, None, None, None], -1e4, inputs.k_point),
+            v_point=jnp.where(masked[:, None, None, None], 1e4, inputs.v_point),
+            inputs_2d=jnp.where(masked[:, None], -1e3, inputs.inputs_2d),
+        )
+        valid = inputs.q_mask == 1
+        for actual, expected in zip(self.outputs(*garbage), self.outputs(*inputs)):
+            np.testing.assert_array_equal(actual[valid], expected[valid])
+
+
+class TestReference(ImplementationTests):
+    options: ClassVar = {"implementation": "reference"}
+
+
+class TestXla(ImplementationTests):
+    options: ClassVar = {"implementation": "xla"}
+
+
+class TestXlaInBlocks(ImplementationTests):
+    options: ClassVar = {"implementation": "xla", "query_block": 4}
+
+
+def test_every_implementation_is_tested():
+    tested = {cls.options["implementation"] for cls in ImplementationTests.__subclasses__()}
+    assert tested == set(IMPLEMENTATIONS)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def assert_refused(inputs, message, error=AssertionError, **options):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: invariant_point_attention(*inputs, MONOMER, **options))
+
+
+@pytest.fixture
+def good(sizes_of, make_core_inputs):
+    return make_core_inputs(sizes_of("tiny"), 6, 7)
+
+
+@pytest.mark.parametrize("name", IPAInputs._fields)
+def test_integers_are_refused(name, good):
+    bad = good._replace(**{name: getattr(good, name).astype(jnp.int32)})
+    assert_refused(bad, f"{name} must be floating-point, got int32")
+
+
+@pytest.mark.parametrize("name", IPAInputs._fields)
+def test_what_is_no_array_is_refused(name, good):
+    bad = good._replace(**{name: getattr(good, name).tolist()})
+    assert_refused(bad, f"{name} must be an array, got list", TypeError)
+
+
+@pytest.mark.parametrize("name", IPAInputs._fields)
+def test_a_wrong_rank_is_refused(name, good):
+    # A missing dimension; for all but the first argument, which sets the batch, also one more.
+    array = getattr(good, name)
+    assert_refused(good._replace(**{name: array[0]}), rf"{name} must have shape \[.*got \(")
+    if name != "q_scalar":
+        assert_refused(good._replace(**{name: array[None]}), rf"{name} must have shape \[.*got \(")
+
+
+# Sizes that an argument is the first to have: the next one to have it is named.
+NAMED_INSTEAD = {
+    ("q_scalar", 0): "q_point",
+    ("q_scalar", 1): "k_scalar",
+    ("q_scalar", 2): "k_scalar",
+    ("k_scalar", 0): "v_scalar",
+    ("q_point", 2): "k_point",
+    ("inputs_2d", 2): "pair_weights",
+    ("v_scalar", 2): None,  # free
+    ("v_point", 2): None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [(name, axis) for name, rank in zip(IPAInputs._fields, [3] * 3 + [4] * 3 + [3, 2, 1, 1, 1, 1])
+     for axis in range(rank)],
+)  # fmt: skip
+def test_a_wrong_size_is_refused(name, axis, good):
+    array = getattr(good, name)
+    longer = good._replace(
+        **{name: jnp.concatenate([array, array[(slice(None),) * axis + (slice(1),)]], axis)}
+    )
+    named = NAMED_INSTEAD.get((name, axis), name)
+    if named is None:
+        jax.eval_shape(lambda: invariant_point_attention(*longer, MONOMER))
+    else:
+        assert_refused(longer, rf"{named} must have shape \[.*got \(")
+    empty = good._replace(**{name: jnp.take(array, jnp.array([], int), axis)})
+    assert_refused(empty, "must not be empty|must have shape")
+
+
+def test_mismatched_batches_are_refused(sizes_of, make_core_inputs):
+    inputs = make_core_inputs(sizes_of("tiny"), 3, batch=(2,))
+    assert_refused(inputs._replace(k_point=inputs.k_point[:1]), "k_point must have shape")
+
+
+def test_an_unknown_implementation_is_refused(good):
+    assert_refused(good, ".*".join(IMPLEMENTATIONS), ValueError, implementation="cuda")
