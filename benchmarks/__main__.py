@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(report.machine(plan.found), end="\n\n")
     found = plan.found or _measure(plan, options.out)
     print(report.tables(found))
-    if options.plot:
+    if options.plot and any(row.median_ms for row in found.rows):
         plot.draw(found, options.plot)
     if options.update_readme:
         report.update_readme(

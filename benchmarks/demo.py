@@ -38,17 +38,7 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
     n = len(backbone.ca)
     problem = make_problem("module", model, n, "float32", jax.random.key(seed))
     with jax.enable_x64(True):
-        frames = QuatAffine.from_backbone(
-            *(jnp.asarray(x, jnp.float64) for x in backbone[1:])
-        ).scale_translation(1.0 / model.position_scale)
-        motions = {
-            distance: random_motion(key, distance / model.position_scale)
-            for distance, key in zip(
-                DISTANCES, jax.random.split(jax.random.key(seed + 1), len(DISTANCES))
-            )
-        }
-        moved = {d: _float32(motion.compose(frames)) for d, motion in motions.items()}
-        still = _float32(frames)
+        still, *moved = (np.asarray(x) for x in _frames(backbone, model, seed))
 
     reference = _compile(candidates.ours("module", model, "reference"), problem)
     functions = _functions(model, problem)
@@ -56,7 +46,7 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
     changes = [
         {"distance": distance}
         | {name: _change(f(affine), before[name]) for name, f in functions.items()}
-        for distance, affine in moved.items()
+        for distance, affine in zip(DISTANCES, moved)
     ]
     agreement = []
     if "alphafold" in before:
@@ -76,8 +66,22 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
     }
 
 
-def _float32(frames: QuatAffine) -> np.ndarray:
-    return np.asarray(frames.to_tensor()).astype(np.float32)
+def _frames(backbone: Backbone, model: Model, seed: int) -> list[jax.Array]:
+    """Frames [N, 7] in float32: where the protein is, and moved by each of `DISTANCES`.
+
+    Under `jax.enable_x64` all but the rounding at the end is exact.
+    """
+
+    @jax.jit
+    def move(atoms: list[jax.Array], key: jax.Array) -> list[jax.Array]:
+        frames = QuatAffine.from_backbone(*atoms).scale_translation(1.0 / model.position_scale)
+        moved = [
+            random_motion(key, distance / model.position_scale).compose(frames)
+            for distance, key in zip(DISTANCES, jax.random.split(key, len(DISTANCES)))
+        ]
+        return [x.to_tensor().astype(jnp.float32) for x in (frames, *moved)]
+
+    return move([jnp.asarray(x, jnp.float64) for x in backbone[1:]], jax.random.key(seed))
 
 
 def _functions(model: Model, problem: Problem) -> dict[str, Callable[[np.ndarray], Any]]:

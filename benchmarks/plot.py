@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from benchmarks.results import Results, Row
@@ -18,12 +18,21 @@ _MARKERS = "osD^vP*X<>"
 
 
 def draw(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes a figure with a row of panels for each part; the format is that of the file's name.
+    """Writes the figure; the format is that of the file's name, see `check_format`.
+
+    Raises:
+      ValueError: if there is nothing to draw.
+    """
+    figure(results).savefig(path, dpi=150)
+
+
+def figure(results: Results) -> Figure:
+    """A row of panels for each part: time of each mode, and memory of the last mode.
 
     Bands are quartiles. Only implementations that were timed appear.
 
     Raises:
-      ValueError: if there is nothing to draw, or no such format.
+      ValueError: if there is nothing to draw.
     """
     timed = [row for row in results.rows if row.median_ms is not None]
     if not timed:
@@ -33,9 +42,7 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
     labels = list(dict.fromkeys(row.label for row in timed))
 
     num_columns = len(modes) + 1
-    figure = matplotlib.figure.Figure(
-        figsize=(4.2 * num_columns, 3.6 * len(whats) + 0.8), layout="constrained"
-    )
+    figure = Figure(figsize=(4.2 * num_columns, 3.6 * len(whats) + 0.8), layout="constrained")
     grid = figure.subplots(len(whats), num_columns, squeeze=False)
     for what, axes in zip(whats, grid):
         for mode, ax in zip(modes, axes):
@@ -59,7 +66,7 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
         f"{machine['device']}, {machine['cores']} CPU cores, {results.settings['dtype']}, "
         f"jax {machine['versions']['jax']}, {results.date[:10]}"
     )
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def check_format(path: str | os.PathLike[str]) -> None:
@@ -69,7 +76,7 @@ def check_format(path: str | os.PathLike[str]) -> None:
       ValueError: if there is no such format, naming those there are.
     """
     suffix = os.path.splitext(path)[1].removeprefix(".")
-    known = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+    known = Figure().canvas.get_supported_filetypes()
     if suffix not in known:
         raise ValueError(f"{os.fspath(path)}: unknown format, known are {', '.join(known)}.")
 

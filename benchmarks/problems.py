@@ -1,5 +1,6 @@
 """Random inputs and weights of what is measured: fresh normal numbers, never zeros."""
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     cotangent: Any
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def make_problem(what: str, model: Model, n: int, dtype: str, key: jax.Array) -> Problem:
     """Draws the inputs of `what` (of `cases.WHATS`) for N = `n` residues.
 
@@ -111,7 +113,7 @@ def module_parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Para
     # One residue is enough: no parameter depends on N.
     inputs_1d = jnp.zeros((1, model.single_channel), dtype)
     inputs_2d = jnp.zeros((1, 1, model.pair_channel), dtype)
-    return jax.jit(hk.transform(call).init)(key, inputs_1d, inputs_2d)
+    return hk.transform(call).init(key, inputs_1d, inputs_2d)
 
 
 def _structure_module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:

@@ -86,8 +86,8 @@ def _rows_table(rows: Sequence[Row], what: str) -> list[str]:
         "temp MB", "error", "roofline",
     ]  # fmt: skip
     lines = _table(header, [_cells(row) for row in rows])
-    notes = [f"  {row.label}, {_MODE_TITLES[row.mode]}: {row.note}" for row in rows if row.note]
-    return lines + notes
+    notes = dict.fromkeys(f"  {row.label}: {row.note}" for row in rows if row.note)
+    return [*lines, *notes]
 
 
 def _cells(row: Row) -> list[str]:

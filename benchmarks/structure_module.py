@@ -58,7 +58,7 @@ def parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Params:
     pair = jnp.zeros((1, 1, model.pair_channel), dtype)
     batch = {"seq_mask": jnp.ones(1), "aatype": jnp.zeros(1, jnp.int32)}
     transformed = hk.transform(functools.partial(_generate_affines, model))
-    return jax.jit(transformed.init)(key, {"single": single, "pair": pair}, batch)
+    return transformed.init(key, {"single": single, "pair": pair}, batch)
 
 
 def forward(

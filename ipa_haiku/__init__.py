@@ -1,6 +1,10 @@
 """Invariant Point Attention for JAX and Haiku: AlphaFold 2's module, exact, faster and leaner."""
 
-from ipa_haiku.attention.api import invariant_point_attention
+from ipa_haiku.attention.api import (
+    Selection,
+    invariant_point_attention,
+    select_implementation,
+)
 from ipa_haiku.attention.base import AttentionTerms, IPAOutput, LogitScales
 from ipa_haiku.config import IPAConfig
 from ipa_haiku.folding import InvariantPointAttention
@@ -13,5 +17,7 @@ __all__ = [
     "InvariantPointAttention",
     "LogitScales",
     "QuatAffine",
+    "Selection",
     "invariant_point_attention",
+    "select_implementation",
 ]

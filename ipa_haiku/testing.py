@@ -145,12 +145,11 @@ def assert_gradients_close(
 def random_vjp(fn: Callable[..., Any], *args: Any, key: jax.Array) -> tuple[Any, ...]:
     """Returns the gradients of `args` for unit normal cotangents of all that `fn` returns."""
     outputs, pull_back = jax.vjp(fn, *args)
-    leaves, treedef = jax.tree_util.tree_flatten(outputs)
-    cotangents = [
-        jax.random.normal(k, x.shape, x.dtype)
-        for k, x in zip(jax.random.split(key, len(leaves)), leaves)
-    ]
-    return pull_back(jax.tree_util.tree_unflatten(treedef, cotangents))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    cotangents = jax.tree_util.tree_map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape).astype(x.dtype)), outputs
+    )
+    return pull_back(cotangents)
 
 
 def assert_within_error_budget(

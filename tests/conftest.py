@@ -76,7 +76,7 @@ def _module_inputs(sizes, n, *, mask="full", batch=(), seed=0):
         mask=np.broadcast_to(_mask(mask, n)[:, None], (*batch, n, 1)),
         affine=_random_affine(rng, *batch, n),
     )
-    return ModuleInputs(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    return ModuleInputs(*(jnp.asarray(x.astype(np.float32)) for x in arrays))
 
 
 def _core_inputs(
@@ -132,7 +132,7 @@ def _core_inputs(
     wide = {"q_point", "k_point", "v_point", "point_weights", "q_mask", "k_mask"}
     return IPAInputs(
         *(
-            jnp.asarray(x, "float32" if name in wide else dtype)
+            jnp.asarray(x.astype("float32" if name in wide else dtype))
             for name, x in arrays._asdict().items()
         )
     )
@@ -191,7 +191,7 @@ def make_params():
 
         def draw(x):
             fan_in = x.shape[0] if len(x.shape) > 1 else 10
-            return jnp.asarray(rng.normal(size=x.shape) / fan_in**0.5, x.dtype)
+            return jnp.asarray((rng.normal(size=x.shape) / fan_in**0.5).astype(x.dtype))
 
         return jax.tree.map(draw, shapes)
 

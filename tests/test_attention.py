@@ -43,16 +43,13 @@ class Case(NamedTuple):
 
 CASES = {
     "one": Case(1, 1),
-    "two": Case(2, 2),
     "prime": Case(13, 13),
     "odd": Case(21, 21, size="odd"),
     "more_than_a_block": Case(67, 67),
     "af2_sizes": Case(33, 33, size="af2"),
     "more_keys": Case(5, 18),
-    "more_queries": Case(18, 5, mask="holed"),
     "one_query": Case(1, 11),
-    "one_key": Case(11, 1),
-    "batch": Case(7, 7, batch=(3,)),
+    "one_key": Case(11, 1, mask="holed"),
     "batches": Case(5, 6, batch=(2, 1, 2), mask="holed"),
     "multimer": Case(13, 13, scales=MULTIMER, mask="padded"),
     "padded": Case(13, 13, mask="padded"),
@@ -111,7 +108,7 @@ def compute(sizes_of, make_core_inputs):
         leading = (*case.batch, case.num_query, config.num_head)
         channels = [(config.num_scalar_v,), (config.num_point_v, 3), inputs.inputs_2d.shape[-1:]]
         # Rounded once, so that float16 and float64 runs pull back the same numbers.
-        cotangents = [jnp.asarray(rng.normal(size=leading + c), case.dtype) for c in channels]
+        cotangents = [rng.normal(size=leading + c).astype(inputs.q_scalar.dtype) for c in channels]
         return inputs, rows, tuple(cotangents)
 
     @functools.cache
@@ -277,10 +274,11 @@ class ImplementationTests:
 
     def test_return_attention(self, inputs):
         with refused_or() as supported:
-            result = self.attend(*inputs, return_attention=True, scales=MULTIMER)
+            attend = jax.jit(functools.partial(self.attend, scales=MULTIMER, return_attention=True))
+            result = attend(*inputs)
         if not supported:
             return
-        plain = self.attend(*inputs, scales=MULTIMER)
+        plain = jax.jit(functools.partial(self.attend, scales=MULTIMER))(*inputs)
         chex.assert_trees_all_close(result[:3], plain[:3], atol=1e-5)
         weights, *terms = result.attention
         chex.assert_shape([weights, *terms], (2, 6, 7))
@@ -292,19 +290,17 @@ class ImplementationTests:
         np.testing.assert_allclose(weights[:, valid], expected[:, valid], atol=1e-6)
 
     def test_not_asked_for_attention(self, inputs):
-        assert self.attend(*inputs).attention is None
+        assert jax.eval_shape(self.attend, *inputs).attention is None
 
     def test_masked_keys_are_not_seen(self, inputs):
-        masked = inputs.k_mask == 0
-        garbage = inputs._replace(
-            k_scalar=jnp.where(masked[:, None, None], 1e2, inputs.k_scalar),
-            v_scalar=jnp.where(masked[:, None, None], 1e4, inputs.v_scalar),
-            k_point=jnp.where(masked[:, None, None, None], -1e4, inputs.k_point),
-            v_point=jnp.where(masked[:, None, None, None], 1e4, inputs.v_point),
-            inputs_2d=jnp.where(masked[:, None], -1e3, inputs.inputs_2d),
-        )
-        valid = inputs.q_mask == 1
-        for actual, expected in zip(self.outputs(*garbage), self.outputs(*inputs)):
+        masked = np.asarray(inputs.k_mask == 0)
+        arrays = {name: np.array(x) for name, x in inputs._asdict().items()}
+        garbage = {"k_scalar": 1e2, "v_scalar": 1e4, "k_point": -1e4, "v_point": 1e4}
+        for name, value in garbage.items():
+            arrays[name][masked] = value
+        arrays["inputs_2d"][:, masked] = -1e3
+        outputs, valid = jax.jit(self.outputs), np.asarray(inputs.q_mask == 1)
+        for actual, expected in zip(outputs(*arrays.values()), outputs(*inputs)):
             np.testing.assert_array_equal(actual[valid], expected[valid])
 
 
@@ -335,12 +331,12 @@ def assert_refused(inputs, message, error=AssertionError, **options):
 
 @pytest.fixture
 def good(sizes_of, make_core_inputs):
-    return make_core_inputs(sizes_of("tiny"), 6, 7)
+    return jax.tree.map(np.asarray, make_core_inputs(sizes_of("tiny"), 6, 7))
 
 
 @pytest.mark.parametrize("name", IPAInputs._fields)
 def test_integers_are_refused(name, good):
-    bad = good._replace(**{name: getattr(good, name).astype(jnp.int32)})
+    bad = good._replace(**{name: getattr(good, name).astype(np.int32)})
     assert_refused(bad, f"{name} must be floating-point, got int32")
 
 
@@ -359,7 +355,12 @@ def test_a_wrong_rank_is_refused(name, good):
         assert_refused(good._replace(**{name: array[None]}), rf"{name} must have shape \[.*got \(")
 
 
-# Sizes that an argument is the first to have: the next one to have it is named.
+AXES = [
+    (name, axis)
+    for name, rank in zip(IPAInputs._fields, [3, 3, 3, 4, 4, 4, 3, 2, 1, 1, 1, 1])
+    for axis in range(rank)
+]
+# Sizes that an argument is the first to have: the next one that has it is named.
 NAMED_INSTEAD = {
     ("q_scalar", 0): "q_point",
     ("q_scalar", 1): "k_scalar",
@@ -367,28 +368,24 @@ NAMED_INSTEAD = {
     ("k_scalar", 0): "v_scalar",
     ("q_point", 2): "k_point",
     ("inputs_2d", 2): "pair_weights",
-    ("v_scalar", 2): None,  # free
-    ("v_point", 2): None,
 }
+FREE = {("v_scalar", 2), ("v_point", 2)}
 
 
-@pytest.mark.parametrize(
-    ("name", "axis"),
-    [(name, axis) for name, rank in zip(IPAInputs._fields, [3] * 3 + [4] * 3 + [3, 2, 1, 1, 1, 1])
-     for axis in range(rank)],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "axis"), AXES)
 def test_a_wrong_size_is_refused(name, axis, good):
-    array = getattr(good, name)
-    longer = good._replace(
-        **{name: jnp.concatenate([array, array[(slice(None),) * axis + (slice(1),)]], axis)}
-    )
-    named = NAMED_INSTEAD.get((name, axis), name)
-    if named is None:
+    longer = good._replace(**{name: np.repeat(getattr(good, name), 2, axis)})
+    if (name, axis) in FREE:
         jax.eval_shape(lambda: invariant_point_attention(*longer, MONOMER))
     else:
+        named = NAMED_INSTEAD.get((name, axis), name)
         assert_refused(longer, rf"{named} must have shape \[.*got \(")
-    empty = good._replace(**{name: jnp.take(array, jnp.array([], int), axis)})
-    assert_refused(empty, "must not be empty|must have shape")
+
+
+@pytest.mark.parametrize(("name", "axis"), AXES)
+def test_an_empty_argument_is_refused(name, axis, good):
+    empty = good._replace(**{name: np.take(getattr(good, name), [], axis)})
+    assert_refused(empty, f"{name} .*(must not be empty|must have shape)")
 
 
 def test_mismatched_batches_are_refused(sizes_of, make_core_inputs):

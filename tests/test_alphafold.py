@@ -1,0 +1,324 @@
+"""Our modules inside the real AlphaFold, and inside packages that carry a copy of it."""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from alphafold.model import all_atom_multimer, folding, folding_multimer, prng
+from alphafold.model import config as af2_config
+from alphafold.model import quat_affine as af2_quat_affine
+from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
+
+import ipa_haiku
+import ipa_haiku.folding_multimer
+from ipa_haiku.alphafold import use_in_alphafold
+from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.testing import assert_within_error_budget
+
+AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
+
+
+def classes_in_use():
+    return folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
+
+
+@pytest.fixture(autouse=True)
+def af2_is_left_as_it_was():
+    yield
+    assert classes_in_use() == AF2_CLASSES
+
+
+# --- the structure module ------------------------------------------------------------------------
+
+NUM_RESIDUES = 24
+VARIANTS = {"monomer": "model_1", "multimer": "model_1_multimer_v3"}
+
+
+def make_structure_module(variant):
+    """AF2's own, with AF2's own configuration, to be called with `make_batch`."""
+    model = af2_config.model_config(VARIANTS[variant]).model
+    model.global_config.zero_init = False  # otherwise the residues never leave the origin
+    configs = model.heads.structure_module, model.global_config
+
+    @hk.transform
+    def call(representations, batch):
+        options = {"is_training": False, "safe_key": prng.SafeKey(jax.random.key(0))}
+        if variant == "monomer":
+            return folding.StructureModule(*configs)(representations, batch, **options)
+        options["compute_loss"] = True
+        return folding_multimer.StructureModule(*configs)(representations, batch, **options)
+
+    return hk.without_apply_rng(call)
+
+
+def make_batch(rng):
+    aatype = np.arange(NUM_RESIDUES, dtype=np.int32) % 20  # with side chains of every kind
+    mask = (np.arange(NUM_RESIDUES) < NUM_RESIDUES - 3).astype(np.float32)
+    representations = {
+        "single": rng.normal(size=(NUM_RESIDUES, 384)),
+        "pair": rng.normal(size=(NUM_RESIDUES, NUM_RESIDUES, 128)),
+    }
+    return {name: x.astype(np.float32) for name, x in representations.items()}, {
+        "aatype": aatype,
+        "seq_mask": mask,
+        "atom14_atom_exists": all_atom_multimer.RESTYPE_ATOM14_MASK[aatype] * mask[:, None],
+        "atom37_atom_exists": all_atom_multimer.RESTYPE_ATOM37_MASK[aatype] * mask[:, None],
+        "residx_atom37_to_atom14": all_atom_multimer.RESTYPE_ATOM37_TO_ATOM14[aatype],
+    }
+
+
+def make_params(rng, shapes):
+    """Random parameters that fold into something of the size of a protein."""
+
+    def draw(path, x):
+        scope, name = path[-2].key, path[-1].key
+        values = rng.normal(size=x.shape)
+        if name == "scale":
+            values = 1 + 0.1 * values
+        elif name == "weights":
+            values /= x.shape[0] ** 0.5
+            # Frames move by a few A in each of the 8 iterations.
+            values *= 0.3 if "affine_update" in scope or "quat_rigid" in scope else 1
+        else:
+            values *= 0.1
+        return values.astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, tree)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def fold(request):
+    """From an implementation, or None for AF2 alone, to the positions and the gradients."""
+    rng = np.random.default_rng(0)
+    representations, batch = make_batch(rng)
+    shapes = jax.eval_shape(
+        make_structure_module(request.param).init, jax.random.key(0), representations, batch
+    )
+    arrays = make_params(rng, shapes), representations
+    target = 20 * rng.normal(size=(NUM_RESIDUES, 37, 3))
+
+    def positions_and_gradients(arrays, batch):
+        def loss(arrays):
+            params, representations = arrays
+            result = make_structure_module(request.param).apply(params, representations, batch)
+            positions = result["final_atom_positions"]
+            # As in FAPE: linear in the distance, without a kink.
+            distance = jnp.sqrt(1e-4 + jnp.sum((positions - target) ** 2, axis=-1))
+            return jnp.mean(batch["atom37_atom_exists"] * distance), positions
+
+        gradients, positions = jax.grad(loss, has_aux=True)(arrays)
+        of_params, of_representations = gradients
+        # Weights and bias have one scale: the softmax does not see the bias of `attention_2d`.
+        groups = {
+            scope: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(group)])
+            for scope, group in of_params.items()
+        }
+        return positions, groups | of_representations
+
+    def run(arrays, batch):
+        # A new function, so that JAX does not find one that it has compiled.
+        return jax.device_get(jax.jit(lambda *args: positions_and_gradients(*args))(arrays, batch))
+
+    @functools.cache
+    def fold(implementation, float64=False):
+        if float64:
+            # What JAX keeps of float32 runs does not fit AF2's tables of integers, and vice versa.
+            jax.clear_caches()
+            with jax.enable_x64(True), af2_geometry_in_float64():
+                result = run(*as_float64((arrays, batch)))
+            jax.clear_caches()
+            return result
+        if implementation is None:
+            return run(arrays, batch)
+        with use_in_alphafold(implementation):
+            return run(arrays, batch)
+
+    return fold
+
+
+@contextlib.contextmanager
+def af2_geometry_in_float64():
+    """AF2's classes insist on float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (Rigid3Array, Rot3Array, Vec3Array):
+            patch.setattr(cls, "__post_init__", lambda self: None)
+        identity = functools.partial(Rigid3Array.identity, dtype=jnp.float64)
+        patch.setattr(Rigid3Array, "identity", identity)
+        yield
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_structure_module(implementation, fold):
+    """8 layers with side chains: the same atoms, and gradients within twice AF2's own error."""
+    (af2_positions, af2_gradients), (positions, gradients) = fold(None), fold(implementation)
+    exact_positions, exact_gradients = fold(None, float64=True)
+    assert exact_positions.dtype == np.float64
+    assert np.ptp(exact_positions) > 20  # the residues are not all in one place
+    assert np.max(np.abs(positions - af2_positions)) <= 1e-3
+    assert_within_error_budget(
+        (positions, gradients), (af2_positions, af2_gradients), (exact_positions, exact_gradients)
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_initial_parameters_of_the_structure_module(variant, count_bits):
+    representations, batch = make_batch(np.random.default_rng(0))
+
+    def init():
+        module = make_structure_module(variant)
+        return jax.jit(lambda *args: module.init(*args))(jax.random.key(7), representations, batch)
+
+    theirs = init()
+    with use_in_alphafold():
+        ours = init()
+    assert count_bits("sets of initial parameters of the structure module", ours, theirs)
+
+
+def test_af2s_module_takes_our_frames(sizes_of, make_inputs):
+    sizes = sizes_of("tiny")
+    inputs = make_inputs(sizes, 5)
+
+    def call(quat_affine):
+        def module(inputs_1d, inputs_2d, mask, affine):
+            module = folding.InvariantPointAttention(
+                sizes.config, types.SimpleNamespace(zero_init=False)
+            )
+            return module(inputs_1d, inputs_2d, mask, quat_affine.from_tensor(affine))
+
+        module = hk.transform(module)
+        params = jax.jit(module.init)(jax.random.key(0), *inputs)
+        return jax.jit(module.apply)(params, None, *inputs)
+
+    np.testing.assert_array_equal(call(ipa_haiku.QuatAffine), call(af2_quat_affine.QuatAffine))
+
+
+# --- swapping ------------------------------------------------------------------------------------
+
+
+def assert_ours(implementation):
+    for cls, ours in zip(classes_in_use(), (ipa_haiku.folding, ipa_haiku.folding_multimer)):
+        assert isinstance(cls, functools.partial)
+        assert cls.func is ours.InvariantPointAttention
+        assert cls.keywords == {"implementation": implementation}
+
+
+def test_as_a_context_manager():
+    with use_in_alphafold():
+        assert_ours(None)
+    assert classes_in_use() == AF2_CLASSES
+
+
+def test_called_once():
+    restore = use_in_alphafold("reference")
+    assert_ours("reference")
+    restore.close()
+    assert classes_in_use() == AF2_CLASSES
+
+
+def test_nested():
+    with use_in_alphafold():
+        with use_in_alphafold("reference"):
+            assert_ours("reference")
+        assert_ours(None)
+
+
+def test_exceptions_restore():
+    with pytest.raises(KeyError, match="from inside"), use_in_alphafold():
+        raise KeyError("from inside")
+    assert classes_in_use() == AF2_CLASSES
+
+
+def test_an_unknown_implementation_changes_nothing():
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        use_in_alphafold("cuda")
+    assert classes_in_use() == AF2_CLASSES
+
+
+CLASS = "class InvariantPointAttention:\n    pass\n"
+
+
+@pytest.fixture
+def make_package(tmp_path, monkeypatch):
+    """Writes a package: its name and the text of modules in its folder `model`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+
+    def make_package(name, **modules):
+        folder = tmp_path.joinpath(*name.split("."))
+        for package in [folder / "model", *(folder / "model").relative_to(tmp_path).parents]:
+            package = tmp_path / package
+            if package != tmp_path:
+                package.mkdir(parents=True, exist_ok=True)
+                (package / "__init__.py").touch()
+        for module, text in modules.items():
+            (folder / "model" / f"{module}.py").write_text(text)
+        importlib.invalidate_caches()
+
+    yield make_package
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["fakefold", "fakedesign.af.alphafold"])
+def test_a_copy_of_alphafold(name, make_package):
+    make_package(name, folding=CLASS, folding_multimer=CLASS)
+    modules = [
+        importlib.import_module(f"{name}.model.{x}") for x in ("folding", "folding_multimer")
+    ]
+    theirs = [module.InvariantPointAttention for module in modules]
+    with use_in_alphafold(package=name):
+        assert classes_in_use() == AF2_CLASSES
+        for module, ours in zip(modules, (ipa_haiku.folding, ipa_haiku.folding_multimer)):
+            assert module.InvariantPointAttention.func is ours.InvariantPointAttention
+    assert [module.InvariantPointAttention for module in modules] == theirs
+
+
+def test_a_copy_without_the_multimer(make_package):
+    make_package("oldfold", folding=CLASS)
+    module = importlib.import_module("oldfold.model.folding")
+    theirs = module.InvariantPointAttention
+    with use_in_alphafold(package="oldfold"):
+        ours = ipa_haiku.folding.InvariantPointAttention
+        assert module.InvariantPointAttention.func is ours
+    assert module.InvariantPointAttention is theirs
+
+
+@pytest.mark.parametrize("package", ["nofold", "nofold.af.alphafold", "json", "alphafold.common"])
+def test_a_missing_package_is_named(package):
+    with pytest.raises(ModuleNotFoundError, match=f"'{package}' is not installed or carries no"):
+        use_in_alphafold(package=package)
+
+
+def test_the_multimer_alone_is_no_copy(make_package):
+    make_package("halffold", folding_multimer=CLASS)
+    with pytest.raises(ModuleNotFoundError, match="halffold.model.folding cannot be found"):
+        use_in_alphafold(package="halffold")
+
+
+@pytest.mark.parametrize("broken", ["folding", "folding_multimer"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import not_installed\n", "No module named 'not_installed'"),
+        ("", "has no InvariantPointAttention"),
+    ],
+)
+def test_a_package_that_lacks_something_is_left_alone(broken, text, message, make_package):
+    name = f"broken_{broken}_{len(text)}"
+    make_package(name, **{"folding": CLASS, "folding_multimer": CLASS, broken: text})
+    with pytest.raises(ImportError, match=message):
+        use_in_alphafold(package=name)
+    if broken == "folding_multimer":
+        module = importlib.import_module(f"{name}.model.folding")
+        assert isinstance(module.InvariantPointAttention, type)

@@ -1,0 +1,95 @@
+"""Counting the bytes that compiled programs move, on programs short enough to count by hand."""
+
+import pytest
+
+from benchmarks import cost
+from benchmarks.hlo_traffic import traffic_bytes
+
+FUSION = """
+HloModule jit_f
+
+%fused (p0: f32[8,4], p1: f32[4]) -> f32[8,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = f32[4]{0} parameter(1)
+  %b = f32[8,4]{1,0} broadcast(%p1), dimensions={1}
+  ROOT %s = f32[8,4]{1,0} add(%p0, %b)
+}
+
+ENTRY %main.3 (x.1: f32[8,4], y.1: f32[4]) -> (f32[8,4], bf16[8]) {
+  %x.1 = f32[8,4]{1,0} parameter(0), metadata={op_name="f(x)"}
+  %y.1 = f32[4]{0} parameter(1)
+  %sum = f32[8,4]{1,0} fusion(%x.1, %y.1), kind=kLoop, calls=%fused
+  %flat = f32[32]{0} bitcast(%sum)
+  %half = bf16[8]{0} custom-call(%flat, /*index=1*/%y.1), custom_call_target="f(g)"
+  ROOT %out = (f32[8,4]{1,0}, bf16[8]{0}) tuple(%sum, %half)
+}
+"""
+
+LOOP = """
+%block (p0: s32[], p1: f32[100,4]) -> f32[10,4] {
+  %p0 = s32[] parameter(0)
+  %p1 = f32[100,4]{1,0} parameter(1)
+  ROOT %d = f32[10,4]{1,0} dynamic-slice(%p1, %p0, %p0), dynamic_slice_sizes={10,4}
+}
+
+%body (t: (s32[], f32[100,4])) -> (s32[], f32[100,4]) {
+  %t = (s32[], f32[100,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %z = f32[100,4]{1,0} get-tuple-element(%t), index=1
+  %slice = f32[10,4]{1,0} fusion(%i, %z), kind=kLoop, calls=%block
+  ROOT %r = (s32[], f32[100,4]{1,0}) tuple(%i, %z)
+}
+
+%condition (t: (s32[], f32[100,4])) -> pred[] {
+  %t = (s32[], f32[100,4]{1,0}) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+ENTRY %main (a: (s32[], f32[100,4])) -> (s32[], f32[100,4]) {
+  %a = (s32[], f32[100,4]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[100,4]{1,0}) while(%a), condition=%condition, body=%body, TRIP
+}
+"""
+
+FAST_MEMORY = """
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %s = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %d = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%s)
+  %n = f32[8,4]{1,0:T(8,128)S(1)} negate(%d)
+  ROOT %m = f32[8,4]{1,0:T(8,128)} negate(%n)
+}
+"""
+
+
+def test_kernels_read_operands_and_write_results():
+    fusion = 4 * (32 + 4 + 32)
+    custom_call = 4 * (32 + 4) + 2 * 8
+    assert traffic_bytes(FUSION) == fusion + custom_call
+
+
+def test_loops_count_as_often_as_they_run_and_slices_as_what_they_read():
+    text = LOOP.replace("TRIP", 'backend_config={"known_trip_count":{"n":"10"}}')
+    per_iteration = 4 * (1 + 40 + 40)  # the index, the slice read, the slice written
+    condition = 0
+    assert traffic_bytes(text) == 10 * (per_iteration + condition)
+
+
+def test_loops_of_unknown_length_are_refused():
+    with pytest.raises(ValueError, match="the length of the loop w is not known"):
+        traffic_bytes(LOOP.replace(", TRIP", ""))
+
+
+def test_fast_memory_is_free():
+    assert traffic_bytes(FAST_MEMORY) == 4 * 32 + 4 * 32  # the copy's reading, the last writing
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        traffic_bytes("HloModule empty")
+
+
+def test_missing_compilers_say_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(cost.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'jax[tpu]==" in cost.missing("v5e")
+    assert "jax-cuda13-plugin==" in cost.missing("h200")

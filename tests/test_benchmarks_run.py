@@ -1,0 +1,469 @@
+"""Measuring: statistics, sweeps, wrong results, memory that runs out, Ctrl-C. No time is tested."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import candidates, checks, demo, layouts, machine, memory, peers, roofline, runner
+from benchmarks.__main__ import main
+from benchmarks.candidates import Prepared
+from benchmarks.cases import Bench, Model
+from benchmarks.peers import Checkouts, Missing, load_peer
+from benchmarks.problems import make_problem
+from benchmarks.results import read
+from benchmarks.runner import Runner
+from benchmarks.structure import Backbone, read_shipped
+from benchmarks.timing import Stopwatch, calls_per_sample, interleave, summarize
+from ipa_haiku import InvariantPointAttention
+
+MACHINE = {
+    "platform": "cpu",
+    "device": "Some CPU",
+    "cores": 2,
+    "memory_gb": None,
+    "system": "Linux",
+    "bandwidth_gb_s": 20.0,
+    "matmul_gflop_s": 100.0,
+    "versions": {"jax": "0.10.2"},
+}
+# Two samples, without repeating calls: as fast as it gets.
+QUICK = {"model": "tiny", "repeats": 2, "min_sample_ms": 0.0, "implementations": ("reference",)}
+
+
+def _run(**fields):
+    run = Runner(Bench(**(QUICK | fields)), MACHINE, Checkouts())
+    run.run(on_case=lambda: None)
+    return run.results
+
+
+# Statistics and timing.
+
+
+def test_summary_is_median_and_quartiles():
+    assert summarize([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert summarize([1.0, 2.0]) == (1.5, 1.25, 1.75)
+    assert summarize([7.0]) == (7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="samples"):
+        summarize([])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "at_least", "calls"),
+    [(1.0, 0.001, 1), (0.001, 0.01, 10), (0.003, 0.01, 4), (1e-6, 1.0, 100), (0.1, 0.0, 1)],
+)
+def test_calls_per_sample(seconds, at_least, calls):
+    assert calls_per_sample(seconds, at_least) == calls
+
+
+def _counting(starts, waits):
+    return Prepared(
+        start=lambda i: starts.append(i) or len(starts),
+        wait=waits.append,
+        groups=dict,
+        compile_seconds=None,
+        temp_bytes=None,
+        required_bytes=0,
+    )
+
+
+@pytest.mark.parametrize("is_cpu", [False, True])
+def test_stopwatch_cycles_through_copies_and_waits(is_cpu):
+    starts, waits = [], []
+    watch = Stopwatch(_counting(starts, waits), 3, 0.0, is_cpu)
+    warm_up = len(starts)
+    assert warm_up == 2
+    for _ in range(4):
+        watch.sample()
+    assert starts == [0, 1, 2, 0, 1, 2]
+    assert len(watch.samples) == 4
+    assert waits[-1] == len(starts)  # the last result
+
+
+def test_interleave_runs_every_task_once_a_round_in_changing_order():
+    done, rounds = [], []
+    tasks = [lambda i=i: done.append(i) for i in range(4)]
+    interleave(tasks, 6, on_round=lambda: rounds.append(len(done)))
+    orders = [tuple(done[i : i + 4]) for i in range(0, 24, 4)]
+    assert rounds == [4, 8, 12, 16, 20, 24]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_machine_measures_its_rates():
+    described = machine.describe("float32")
+    assert described.keys() == MACHINE.keys()
+    assert described["bandwidth_gb_s"] > 0
+    assert described["matmul_gflop_s"] > 0
+    assert described["versions"]["jax"] == jax.__version__
+
+
+def test_roofline_takes_the_larger_of_bytes_and_operations():
+    model = Model.from_name("af2_monomer")
+    fast = {"bandwidth_gb_s": 1e9, "matmul_gflop_s": 1e9}
+    slow_memory, slow_units = fast | {"bandwidth_gb_s": 1.0}, fast | {"matmul_gflop_s": 1.0}
+    case = (model, 512, "float32")
+    z = 512 * 512 * 128 * 4
+    assert roofline.least_seconds(slow_memory, "module", *case, "forward") == z / 1e9
+    assert roofline.least_seconds(slow_memory, "module", *case, "grad") == 3 * z / 1e9
+    assert roofline.least_seconds(slow_memory, "structure_module", *case, "grad") == 24 * z / 1e9
+    # 2 * N^2 * H * (16 + 12 + 128 + 16 + 24 + 128) and 2 * N * (384 * 1152 + 2112 * 384).
+    operations = 2 * 512 * 512 * 12 * 324
+    assert roofline.least_seconds(slow_units, "core", *case, "forward") == operations / 1e9
+    operations += 2 * 512 * (384 * 1152 + 2112 * 384)
+    assert roofline.least_seconds(slow_units, "module", *case, "forward") == operations / 1e9
+
+
+# Checks.
+
+
+def test_largest_error_is_relative_to_the_group():
+    expected = {"a": {"x": np.array([10.0, 1.0]), "y": np.array([0.0])}, "b": np.array([1.0])}
+    actual = {"a": {"x": np.array([10.0, 1.5]), "y": np.array([0.2])}, "b": np.array([1.01])}
+    assert checks.largest_error(actual, expected) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_a_number_is_an_infinite_error(bad):
+    expected = {"a": {"x": np.ones(3), "y": np.ones(2)}}
+    actual = {"a": {"x": np.array([1.0, bad, 1.0]), "y": np.ones(2)}}
+    assert checks.largest_error(actual, expected) == np.inf
+
+
+def test_zero_must_be_zero():
+    zero = {"a": np.zeros(2)}
+    assert checks.largest_error(zero, zero) == 0.0
+    assert checks.largest_error({"a": np.array([0.0, 1e-9])}, zero) == np.inf
+
+
+def test_other_shapes_and_groups_are_refused():
+    with pytest.raises(ValueError, match="a has shapes"):
+        checks.largest_error({"a": np.ones(2)}, {"a": np.ones(3)})
+    with pytest.raises(ValueError, match="groups"):
+        checks.largest_error({"a": np.ones(2)}, {"b": np.ones(2)})
+
+
+def test_problems_hold_no_zeros_and_are_fresh():
+    model = Model.from_name("tiny")
+    one, two = (make_problem("core", model, 5, "float32", jax.random.key(i)) for i in (0, 1))
+    pair, other = one.differentiable["inputs_2d"], two.differentiable["inputs_2d"]
+    assert pair.shape == (5, 5, 6)
+    assert np.all(pair != 0)
+    assert np.all(pair != other)
+    assert 0.5 < np.std(pair) < 1.5
+
+
+def test_multimer_layout_is_the_multimers_tree():
+    model = Model.from_name("af2_multimer")
+    multimer = jax.eval_shape(
+        lambda key: layouts.to_multimer(
+            make_problem("module", model, 2, "float32", key).differentiable["parameters"], model
+        ),
+        jax.random.key(0),
+    )
+    assert multimer["invariant_point_attention/v_scalar_projection"]["weights"].shape == (
+        384, 12, 16,
+    )  # fmt: skip
+    points = multimer["invariant_point_attention/k_point_projection/point_projection"]
+    assert (points["weights"].shape, points["bias"].shape) == ((384, 12, 12), (12, 12))
+
+
+# Sweeps.
+
+
+@pytest.mark.parametrize(
+    ("what", "modes", "implementations", "peers", "baseline"),
+    [
+        ("core", ("forward", "grad"), ("reference", "xla"), ("alphafold",), "reference"),
+        ("module", ("forward",), ("xla",), ("alphafold", "alphafold_multimer"), "alphafold"),
+        ("module", ("grad",), ("xla",), ("alphafold_multimer",), None),
+    ],
+)
+def test_every_candidate_computes_the_reference(what, modes, implementations, peers, baseline):
+    found = _run(
+        sizes=(5,), what=(what,), modes=modes, implementations=implementations, peers=peers
+    )
+    names = (*implementations, *(() if what == "core" else peers))
+    rows = {(row.mode, row.implementation): row for row in found.rows}
+    assert list(rows) == list(itertools.product(modes, names))
+    for row in found.rows:
+        assert (row.status, row.samples) == ("ok", 2), row
+        assert row.compile_s > 0
+        # 100 units in the last place: sums of some 10 numbers, twice for gradients.
+        assert row.error < 100 * 2**-23, row
+        if baseline:
+            base = rows[row.mode, baseline].median_ms
+            assert row.speedup == pytest.approx(base / row.median_ms)
+        else:
+            assert row.speedup is None
+    assert found.missing == []
+
+
+def test_multimer_model_is_compared_with_the_multimer():
+    tiny = Model.from_name("tiny")
+    model = dataclasses.replace(tiny, variant="multimer")
+    problem = make_problem("module", tiny, 5, "float32", jax.random.key(0))
+    expected = checks.float64_result(candidates.reference("module", model), problem, "forward")
+    for candidate in (candidates.ours("module", model, None), candidates.alphafold_multimer(model)):
+        prepared = candidate.prepare([problem], "forward")
+        groups = prepared.groups(prepared.start(0))
+        assert checks.largest_error(groups, expected) < 100 * 2**-23
+
+
+def test_structure_module_runs_with_another_attention_in_it():
+    from alphafold.model import folding
+
+    from benchmarks import structure_module
+
+    original, made = folding.InvariantPointAttention, []
+
+    def attention(config, global_config):
+        made.append(config.num_head)
+        return InvariantPointAttention(config, global_config)
+
+    def forward(key):
+        problem = make_problem("structure_module", model, 4, "float32", key)
+        return structure_module.forward(
+            model, attention, problem.differentiable, problem.constant
+        ), problem.cotangent
+
+    model = Model.from_name("tiny")
+    result, cotangent = jax.eval_shape(forward, jax.random.key(0))
+    assert jax.tree.map(np.shape, result) == jax.tree.map(np.shape, cotangent)
+    assert made == [2]  # one set of weights for all layers
+    assert folding.InvariantPointAttention is original
+
+
+@pytest.mark.slow
+def test_structure_module_gives_alphafolds_result():
+    found = _run(
+        sizes=(4,), what=("structure_module",), implementations=("xla",), peers=("alphafold",)
+    )
+    assert [row.status for row in found.rows] == ["ok"] * 4
+    # Each of the two layers hands its rounding on to the next.
+    assert all(row.error < 200 * 2**-23 for row in found.rows)
+
+
+class _Peer:
+    """The reference, with something done to its result."""
+
+    is_exact = True
+
+    def __init__(self, name, tamper):
+        self.name, self.label, self._tamper = name, name, tamper
+        self._real = candidates.ours("core", Model.from_name("tiny"), "reference")
+
+    def layout(self, parameters):
+        return parameters
+
+    def prepare(self, copies, mode):
+        prepared = self._real.prepare(copies, mode)
+        return prepared._replace(start=lambda i: self._tamper(prepared.start(i)))
+
+
+def _wrong(result):
+    return jax.tree.map(lambda x: 1.01 * x, result)
+
+
+def _not_a_number(result):
+    return jax.tree.map(lambda x: x * np.nan, result)
+
+
+def _raise(error):
+    def tamper(result):
+        raise error
+
+    return tamper
+
+
+@pytest.fixture
+def peer_that(monkeypatch):
+    """Makes the peers `lucidrains` and `openfold` do something else."""
+
+    def install(**tampers):
+        fakes = {name: _Peer(name, tamper) for name, tamper in tampers.items()}
+        monkeypatch.setattr(runner, "load_peer", lambda name, *_: fakes[name])
+        return {"what": ("core",), "modes": ("forward",), "peers": tuple(fakes), "sizes": (4,)}
+
+    return install
+
+
+def test_wrong_results_get_no_time(peer_that):
+    rows = _run(**peer_that(lucidrains=_wrong, openfold=_not_a_number)).rows
+    assert [row.status for row in rows] == ["ok", "wrong", "wrong"]
+    assert rows[1].error == pytest.approx(0.01, rel=1e-3)
+    assert "off by 1.0e-02" in rows[1].note
+    assert rows[2].error is None  # there is no infinity in JSON
+    assert all(row.median_ms is None and row.speedup is None for row in rows[1:])
+
+
+def test_results_beyond_the_cap_are_checked_against_float32(peer_that):
+    rows = _run(**peer_that(lucidrains=_wrong), float64_max_size=3).rows
+    assert [(row.status, row.error) for row in rows] == [("ok", None), ("wrong", None)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"),
+        MemoryError("no memory"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA is full"),  # as PyTorch's is called
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_running_out_of_memory_puts_out_one_candidate(peer_that, error):
+    rows = _run(**peer_that(lucidrains=_raise(error), openfold=lambda x: x)).rows
+    assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
+    assert rows[1].note == str(error).splitlines()[0]
+
+
+def test_running_out_of_memory_while_timed(peer_that):
+    calls = itertools.count()
+
+    def tamper(result):
+        if next(calls) == 4:  # a check, two warm-ups and a sample went well
+            raise MemoryError("no memory")
+        return result
+
+    rows = _run(**peer_that(lucidrains=tamper, openfold=lambda x: x)).rows
+    assert [row.status for row in rows] == ["ok", "out of memory", "ok"]
+    assert [row.samples for row in rows] == [2, 0, 2]
+
+
+def test_what_a_candidate_cannot_do_is_said(peer_that):
+    rows = _run(**peer_that(lucidrains=_raise(NotImplementedError("only on Mars")))).rows
+    assert (rows[1].status, rows[1].note) == ("unsupported", "only on Mars")
+
+
+def test_other_errors_are_raised(peer_that):
+    with pytest.raises(RuntimeError, match="a bug"):
+        _run(**peer_that(lucidrains=_raise(RuntimeError("a bug"))))
+
+
+def test_one_size_that_does_not_fit_leaves_the_others(monkeypatch):
+    # inputs_2d of 4 residues takes 384 bytes, that of 100 takes 240 kB.
+    monkeypatch.setattr(memory, "free_bytes", lambda: 100_000)
+    rows = _run(sizes=(4, 100), what=("core",), modes=("forward",), peers=()).rows
+    assert [(row.n, row.status) for row in rows] == [(4, "ok"), (100, "out of memory")]
+    assert rows[1].note == "inputs_2d needs 0.0 GB, 0.0 GB are free"
+
+
+def test_a_candidate_that_needs_too_much_is_not_started(peer_that, monkeypatch):
+    fields = peer_that(lucidrains=lambda x: x)
+    real = _Peer.prepare
+    monkeypatch.setattr(
+        _Peer,
+        "prepare",
+        lambda self, *args: real(self, *args)._replace(
+            start=_raise(AssertionError("it was started")), required_bytes=10**18
+        ),
+    )
+    rows = _run(**fields).rows
+    assert [row.status for row in rows] == ["ok", "out of memory"]
+    assert rows[1].note.startswith("it needs 1000000000.0 GB, ")
+
+
+@pytest.fixture
+def no_demonstration(monkeypatch):
+    monkeypatch.setattr(machine, "describe", lambda dtype: MACHINE)
+    monkeypatch.setattr(
+        demo, "run", lambda *_: {"protein": "", "residues": 1, "moved": [], "agreement": []}
+    )
+
+
+def test_program_measures_and_writes(no_demonstration, tmp_path, capsys):
+    options = "--model tiny --sizes 4 --what core --peers none --repeats 2 --out"
+    path = tmp_path / "x.json"
+    assert main([*options.split(), str(path)]) == 0
+    found = read(path)
+    assert found.is_complete
+    assert found.demonstration["residues"] == 1
+    assert found.settings["sizes"] == [4]
+    assert {row.status for row in found.rows} == {"ok"}
+    assert "attention core, N = 4, float32" in capsys.readouterr().out
+
+
+def test_interrupted_program_keeps_what_was_measured(
+    no_demonstration, tmp_path, capsys, monkeypatch
+):
+    calls = itertools.count()
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        interleave(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "interleave", interrupted)
+    path = tmp_path / "x.json"
+    options = "--model tiny --sizes 4,5 --modes forward --what core --peers none --repeats 2 --out"
+    assert main([*options.split(), str(path)]) == 130
+    found = read(path)
+    assert not found.is_complete
+    assert {row.n for row in found.rows} == {4}
+    output = capsys.readouterr()
+    assert "Interrupted." in output.err
+    assert "attention core, N = 4, float32" in output.out
+
+
+# Peers.
+
+
+def test_missing_peers_say_how_to_install_them(monkeypatch):
+    model = Model.from_name("tiny")
+    monkeypatch.setitem(__import__("sys").modules, "alphafold.model", None)
+    missing = load_peer("alphafold", "module", model, Checkouts())
+    assert missing == Missing("alphafold", f"needs alphafold.model: {peers._ALPHAFOLD}")
+    assert load_peer("alphafold", "core", model, Checkouts()) is None
+    for name in ("openfold", "flash_ipa"):
+        assert "git clone" in load_peer(name, "module", model, Checkouts()).reason
+
+
+def test_checkouts_are_checked(tmp_path):
+    Checkouts().check()
+    with pytest.raises(ValueError, match="is no checkout of OpenFold"):
+        Checkouts(openfold=str(tmp_path)).check()
+    file = tmp_path / "openfold" / "model" / "structure_module.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    Checkouts(openfold=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("name", ["lucidrains", "esmfold"])
+@pytest.mark.parametrize("mode", ["forward", "grad"])
+def test_torch_peers_compute_the_reference(name, mode):
+    pytest.importorskip("torch")
+    tiny = Model.from_name("tiny")
+    model = dataclasses.replace(tiny, ipa=dataclasses.replace(tiny.ipa, num_scalar_v=4))
+    peer = load_peer(name, "module", model, Checkouts())
+    if isinstance(peer, Missing):
+        pytest.skip(peer.reason)
+    problem = make_problem("module", model, 5, "float32", jax.random.key(0))
+    prepared = peer.prepare([problem], mode)
+    reference = candidates.reference("module", model)
+    expected = checks.float64_result(reference, problem, mode)
+    if mode == "grad":
+        expected["parameters"] = peer.layout(expected["parameters"])
+    assert checks.largest_error(prepared.groups(prepared.start(0)), expected) < 100 * 2**-23
+
+
+# The demonstration.
+
+
+def test_demonstration_on_a_few_residues():
+    shipped = read_shipped()
+    few = Backbone("few", *(x[:8] for x in shipped[1:]))
+    found = demo.run(few, Model.from_name("tiny"), seed=0)
+    assert found["residues"] == 8
+    assert [x["distance"] for x in found["moved"]] == [0.0, 10.0, 1e3, 1e4]
+    for moved in found["moved"]:
+        # float32 holds a coordinate to 6e-8 of its distance from the origin; that is 1,000 units
+        # of 10 Å at most, and a logit changes by some 10 times as much.
+        allowed = 100 * 2**-23 * (1 + moved["distance"] / 10)
+        for name in ("attention", "output", "rounding", "alphafold"):
+            assert moved[name] <= allowed, (name, moved)
+    assert found["moved"][3]["rounding"] > 0
+    by_name = {x["implementation"]: x for x in found["agreement"]}
+    assert by_name["reference"]["identical"] == 1.0
+    assert by_name["default"]["error"] < 100 * 2**-23
