@@ -1,7 +1,6 @@
 """AlphaFold 2's `Linear`: the twin of `common_modules.py`."""
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import haiku as hk
@@ -57,9 +56,7 @@ class Linear(hk.Module):
             raise ValueError(
                 f"initializer must be 'linear', 'relu' or 'zeros', got {initializer!r}."
             )
-        self.output_shape = (
-            (int(num_output),) if isinstance(num_output, numbers.Integral) else tuple(num_output)
-        )
+        self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
         self.initializer = initializer
         self.num_input_dims = num_input_dims
         self.use_bias = use_bias

@@ -23,9 +23,12 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("initializer", ["linear", "relu", "zeros"])
-@pytest.mark.parametrize("shape", SHAPES)
+CASES = [(shape, "linear", "float32") for shape in SHAPES]
+CASES += [("two in and out", *case) for case in (("relu", "float32"), ("zeros", "float32"))]
+CASES += [("bias", *case) for case in (("relu", "bfloat16"), ("linear", "float16"))]
+
+
+@pytest.mark.parametrize(("shape", "initializer", "dtype"), CASES)
 def test_parameters_and_outputs_have_af2s_bits(shape, initializer, dtype):
     shape, options = SHAPES[shape]
     x = np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
@@ -49,7 +52,7 @@ def test_parameters_and_outputs_have_af2s_bits(shape, initializer, dtype):
 @pytest.mark.parametrize(("initializer", "gain"), [("linear", 1), ("relu", 2)])
 def test_initial_variance(initializer, gain):
     module = hk.transform(lambda x: Linear((40, 50), initializer, num_input_dims=2)(x))
-    params = module.init(jax.random.key(0), jnp.zeros((1, 5, 10)))["linear"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 5, 10)))["linear"]
     # 100,000 numbers: their variance is known to 0.5%; the two tails are cut off.
     np.testing.assert_allclose(np.var(params["weights"]), gain / 50, rtol=0.02)
     assert np.max(np.abs(params["weights"])) < 2.3 * (gain / 50) ** 0.5

@@ -18,11 +18,11 @@ def readme_names():
         r"^#+ Public names\n(.*?)(?=^#|\Z)", (ROOT / "README.md").read_text(), re.M | re.S
     )
     assert section, "README.md has no section 'Public names'"
-    return re.findall(r"`(\w+)`", section[1])
+    return set(re.findall(r"`(\w+)`", section[1])) - {"ipa_haiku"}
 
 
 def test_all_is_the_readmes_list():
-    assert sorted(ipa_haiku.__all__) == sorted(set(readme_names()))
+    assert sorted(ipa_haiku.__all__) == sorted(readme_names())
 
 
 def test_nothing_else_is_public():

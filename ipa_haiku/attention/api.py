@@ -1,6 +1,7 @@
 """The one entry to the attention core: checks, chooses an implementation, calls it."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,10 @@ import jax
 from ipa_haiku.attention import reference, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
 
-IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend}
+IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+}
 
 # How many [H, Nq, Nk] arrays of float32 the gradient of `xla` holds at its peak: three in XLA:CPU's
 # and XLA:GPU's memory analysis, and room for the copies that a layout may call for.

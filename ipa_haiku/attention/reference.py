@@ -21,7 +21,7 @@ def attend(
     inputs: IPAInputs,
     scales: LogitScales,
     *,
-    precision: jax.lax.Precision | None = None,
+    precision: jax.lax.PrecisionLike = None,
     return_attention: bool = False,
 ) -> IPAOutput:
     """Invariant point attention with every logit and every attention weight written out.
@@ -76,7 +76,7 @@ def attend(
 
 
 def _scalar_logits(
-    x: IPAInputs, scales: LogitScales, precision: jax.lax.Precision | None
+    x: IPAInputs, scales: LogitScales, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
     q = jnp.swapaxes(scales.scalar * x.q_scalar, -2, -3)  # [..., H, Nq, C]
     k = jnp.swapaxes(x.k_scalar, -2, -3)  # [..., H, Nk, C]
@@ -94,9 +94,7 @@ def _point_logits(x: IPAInputs) -> jax.Array:
     return -0.5 * jnp.sum(weights * (squares[0] + squares[1] + squares[2]), axis=-1)
 
 
-def _pair_logits(
-    x: IPAInputs, scales: LogitScales, precision: jax.lax.Precision | None
-) -> jax.Array:
+def _pair_logits(x: IPAInputs, scales: LogitScales, precision: jax.lax.PrecisionLike) -> jax.Array:
     bias = jnp.einsum("...c,ch->...h", x.inputs_2d, x.pair_weights, precision=precision)
     return scales.pair * jnp.moveaxis(bias + x.pair_bias, -1, -3)
 

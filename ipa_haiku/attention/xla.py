@@ -13,7 +13,7 @@ k keys, h heads, c channels.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ _NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 class _Static(NamedTuple):
     scales: LogitScales
     precision: jax.lax.PrecisionLike
-    query_block: int | None
+    query_block: int  # Nq for all rows at once
 
 
 def attend(
@@ -65,10 +65,9 @@ def attend(
         q_point=inputs.q_point - center, k_point=inputs.k_point - center,
         v_point=inputs.v_point - center,
     )  # fmt: skip
-    if query_block is not None and query_block >= inputs.num_query:
-        query_block = None
+    query_block = min(query_block or inputs.num_query, inputs.num_query)
     attend_batch = functools.partial(_attend, _Static(scales, precision, query_block))
-    axes = IPAInputs(**{name: None if name in _NO_BATCH else 0 for name in IPAInputs._fields})
+    axes: Any = IPAInputs._make(None if name in _NO_BATCH else 0 for name in IPAInputs._fields)
     for _ in range(inputs.q_mask.ndim - 1):
         attend_batch = jax.vmap(attend_batch, in_axes=(axes,))
     try:
@@ -90,7 +89,7 @@ def _attend(static: _Static, inputs: IPAInputs) -> IPAOutput:
 
 def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
     weights = None
-    if static.query_block is not None:
+    if static.query_block < inputs.num_query:
         out = _forward_in_blocks(static, inputs)
     else:
         x = _widen(inputs)
@@ -106,7 +105,7 @@ def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tupl
         grads = _backward_in_blocks(static, inputs, out, cotangent)
     else:
         cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
-        grads = _backward(static, _widen(inputs), out, *weights, cotangent)
+        grads = _backward(static, _widen(inputs), out, weights, cotangent)
     return (IPAInputs(*(g.astype(a.dtype) for g, a in zip(grads, inputs))),)
 
 
@@ -159,20 +158,17 @@ def _backward(
     static: _Static,
     x: IPAInputs,
     out: IPAOutput,
-    weights: jax.Array,
-    scale: jax.Array,
+    softmax: tuple[jax.Array, jax.Array],
     cotangent: IPAOutput,
 ) -> IPAInputs:
     """Gradient of every input; zero for the masks by definition."""
+    weights, scale = softmax
     scales, precision = static.scales, static.precision
     # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
     # the dot product of the outputs with their cotangents.
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    delta = sum(jnp.sum(dy * y, axis=-1) for dy, y in (
-        (cotangent.scalar, out.scalar),
-        (_flat(cotangent.point), _flat(out.point)),
-        (cotangent.pair, out.pair),
-    ))  # fmt: skip  # [Nq, H]
+    value = jnp.concatenate([out.scalar, _flat(out.point)], axis=-1)
+    delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
     dattention = jnp.einsum("qhc,khc->hqk", dvalue, _values(x), precision=_HIGHEST)
     dattention_pair = jnp.einsum("qkc,qhc->qkh", x.inputs_2d, cotangent.pair, precision=precision)
     attention = scale[..., None] * weights
@@ -277,7 +273,7 @@ def _backward_in_blocks(
             lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
         )
         x = _widen(rows)
-        block = _backward(static, x, out_rows, *_softmax(static, x), cotangent_rows)
+        block = _backward(static, x, out_rows, _softmax(static, x), cotangent_rows)
         return IPAInputs(
             **{
                 name: _update(getattr(grads, name), getattr(block, name), start)
@@ -298,7 +294,7 @@ def _num_block(static: _Static, inputs: IPAInputs) -> int:
     return -(-inputs.num_query // static.query_block)
 
 
-def _rows(static: _Static, inputs: IPAInputs, i: jax.Array) -> tuple[jax.Array, IPAInputs]:
+def _rows(static: _Static, inputs: IPAInputs, i: jax.Array | int) -> tuple[jax.Array, IPAInputs]:
     """First row and inputs of block i; the last block is moved back to be as long as the rest."""
     start = jnp.minimum(i * static.query_block, inputs.num_query - static.query_block)
     rows = {name: _slice(getattr(inputs, name), start, static.query_block) for name in _BY_ROW}
