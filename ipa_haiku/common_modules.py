@@ -56,7 +56,9 @@ class Linear(hk.Module):
             raise ValueError(
                 f"initializer must be 'linear', 'relu' or 'zeros', got {initializer!r}."
             )
-        self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
+        self.output_shape = (
+            tuple(num_output) if isinstance(num_output, Sequence) else (int(num_output),)
+        )
         self.initializer = initializer
         self.num_input_dims = num_input_dims
         self.use_bias = use_bias

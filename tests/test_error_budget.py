@@ -93,7 +93,9 @@ def af2_and_exact(position_scale, offset):
     ("position_scale", "offset", "factor"),
     [
         (10.0, 0.0, 2.0),
-        (1.0, 0.0, 2.0),  # raw A: distances are never expanded, so the budget is the same
+        # Raw A: distances are never expanded and keep the 2x, but the gradient of the point
+        # weights is a difference of sums of squared coordinates, 100 times larger here.
+        (1.0, 0.0, 4.0),
         (10.0, 1_000.0, 0.25),
         (10.0, 10_000.0, 0.25),
     ],
@@ -101,7 +103,7 @@ def af2_and_exact(position_scale, offset):
 def test_error_budget(implementation, position_scale, offset, factor):
     af2, exact = af2_and_exact(position_scale, offset)
     fast = stack(our_module(implementation), position_scale, offset)
-    assert_within_error_budget(fast, af2, exact)
+    assert_within_error_budget(fast, af2, exact, factor=max(factor, 2.0))
     if factor < 1:
         # What depends on coordinates; the rest has no error to lose.
         for part in (lambda x: x["output"], lambda x: x["gradients"][3]):
