@@ -224,6 +224,19 @@ def count_bits(request):
     return count
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its counts to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["bits"] = session.config.stash.get(_bits, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    counts = node.config.stash.setdefault(_bits, {})
+    for what, same in getattr(node, "workeroutput", {}).get("bits", {}).items():
+        counts.setdefault(what, []).extend(same)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     for what, same in config.stash.get(_bits, {}).items():
         terminalreporter.write_line(f"bit-identical to AF2: {sum(same)} of {len(same)} {what}")

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alphafold.common import confidence
+from alphafold.data import parsers, pipeline
 from alphafold.model import all_atom_multimer, folding, folding_multimer, prng
 from alphafold.model import config as af2_config
 from alphafold.model import quat_affine as af2_quat_affine
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
+from alphafold.model.model import RunModel
 
 import ipa_haiku
 import ipa_haiku.folding_multimer
@@ -176,6 +179,86 @@ def test_structure_module(implementation, fold):
     assert np.ptp(exact[0]) > 20  # the residues are not all in one place
     assert np.max(np.abs(ours[0] - theirs[0])) <= 1e-3
     assert_within_error_budget(ours, theirs, exact)
+
+
+SEQUENCE = "MKTAYIAKQRQISFVKSHFS"
+NUM_MSA = 2  # and four more in the extra MSA
+
+
+def make_model(variant):
+    """AF2's whole model with one block in each stack, and features of six sequences."""
+    n = len(SEQUENCE)
+    config = af2_config.model_config({"monomer": "model_3"}.get(variant, VARIANTS[variant]))
+    config.model.global_config.update(
+        {"zero_init": False, "bfloat16": False, "use_remat": False}, allow_val_change=True
+    )
+    embeddings = config.model.embeddings_and_evoformer
+    embeddings.evoformer_num_block = embeddings.extra_msa_stack_num_block = 1
+    embeddings.template.enabled = False
+    sequences = [SEQUENCE[3 * i :] + SEQUENCE[: 3 * i] for i in range(6)]
+    msa = parsers.Msa(
+        sequences,
+        deletion_matrix=[[0] * n for _ in sequences],
+        descriptions=[str(i) for i in range(6)],
+    )
+    features = pipeline.make_sequence_features(SEQUENCE, "query", n)
+    features |= pipeline.make_msa_features([msa])
+    if variant == "monomer":
+        config.data.common.num_recycle = 0
+        config.data.common.max_extra_msa = len(sequences) - NUM_MSA
+        config.data.eval.max_msa_clusters = NUM_MSA
+        runner = RunModel(config)
+        features = runner.process_features(features, random_seed=0)
+    else:
+        embeddings.num_msa, embeddings.num_extra_msa = NUM_MSA, len(sequences) - NUM_MSA
+        runner = RunModel(config)
+        chain = (np.arange(n) >= n // 2).astype(np.int32)  # two chains
+        features = {
+            "aatype": np.argmax(features["aatype"], axis=-1).astype(np.int32),
+            "residue_index": np.arange(n, dtype=np.int32),
+            "msa": features["msa"].astype(np.int32),
+            "deletion_matrix": np.zeros((len(sequences), n), np.float32),
+            "msa_mask": np.ones((len(sequences), n), np.float32),
+            "bert_mask": np.ones((len(sequences), n), np.float32),
+            "cluster_bias_mask": np.eye(1, len(sequences), dtype=np.float32)[0],
+            "seq_mask": np.ones(n, np.float32),
+            "asym_id": chain,
+            "entity_id": chain,
+            "sym_id": np.ones(n, np.int32),
+            # Not read in inference, but AF2 folds nothing without.
+            "all_atom_positions": np.zeros((n, 37, 3), np.float32),
+            "all_atom_mask": np.ones((n, 37), np.float32),
+        }
+    features["prev"] = {
+        "prev_msa_first_row": np.zeros((n, 256), np.float32),
+        "prev_pair": np.zeros((n, n, 128), np.float32),
+        "prev_pos": np.zeros((n, 37, 3), np.float32),
+    }
+    return runner, features
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_whole_model(variant):
+    """Evoformer, structure module and confidence, through AF2's own `RunModel`."""
+    key = jax.random.PRNGKey(0)  # AF2 takes the words of a key apart
+    runner, features = make_model(variant)
+    params = make_params(np.random.default_rng(0), jax.eval_shape(runner.init, key, features))
+
+    def predict():
+        runner, features = make_model(variant)  # a new one, as the other is compiled
+        result = jax.device_get(runner.apply(params, key, features))
+        plddt = confidence.compute_plddt(result["predicted_lddt"]["logits"])  # 0 to 100
+        return result["structure_module"]["final_atom_positions"], plddt
+
+    positions, plddt = predict()
+    assert np.ptp(positions) > 20  # the residues are not all in one place
+    assert np.ptp(plddt) > 1
+    for implementation in IMPLEMENTATIONS:
+        with use_in_alphafold(implementation):
+            our_positions, our_plddt = predict()
+        np.testing.assert_allclose(our_positions, positions, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(our_plddt, plddt, rtol=0, atol=1e-2)
 
 
 def test_af2s_module_takes_our_frames(sizes_of, make_inputs):

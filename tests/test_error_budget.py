@@ -33,6 +33,7 @@ def real_inputs(position_scale, offset, seed=0):
     return tuple(x.astype(np.float32) for x in arrays)
 
 
+@functools.cache
 def our_module(implementation):
     def apply(inputs_1d, inputs_2d, affine):
         module = InvariantPointAttention(IPAConfig(), NOT_ZERO_INIT, implementation=implementation)
@@ -48,15 +49,10 @@ def af2_module(inputs_1d, inputs_2d, affine):
     return module(inputs_1d, inputs_2d, mask, af2_quat_affine.QuatAffine.from_tensor(affine))
 
 
-def outputs_and_gradients(apply, inputs, *, float64=False):
-    """The output and the gradients of parameters and inputs, for a random cotangent."""
+@functools.cache  # the cases differ in numbers alone
+def compiled(apply):
+    """From parameters, inputs and a cotangent to the output and all gradients."""
     model = hk.without_apply_rng(hk.transform(apply))
-    rng = np.random.default_rng(1)
-    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    params = jax.tree.map(
-        lambda x: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[0])), params
-    )
-    cotangent = rng.normal(size=inputs[0].shape).astype(np.float32)
 
     def run(params, inputs, cotangent):
         output, pull_back = jax.vjp(model.apply, params, *inputs)
@@ -65,12 +61,23 @@ def outputs_and_gradients(apply, inputs, *, float64=False):
         gradients[0]["invariant_point_attention/attention_2d"].pop("bias")
         return {"output": output, "gradients": gradients}
 
+    return model.init, jax.jit(run)
+
+
+def outputs_and_gradients(apply, inputs, *, float64=False):
+    """The output and the gradients of parameters and inputs, for a random cotangent."""
+    init, run = compiled(apply)
+    rng = np.random.default_rng(1)
+    params = jax.eval_shape(init, jax.random.key(0), *inputs)
+    params = jax.tree.map(
+        lambda x: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[0])), params
+    )
+    cotangent = rng.normal(size=inputs[0].shape).astype(np.float32)
     arguments = (params, inputs, cotangent)
-    if float64:
-        with jax.enable_x64(True):
+    with jax.enable_x64(float64):
+        if float64:
             arguments = jax.tree.map(np.float64, arguments)
-            return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
-    return jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+        return jax.tree.map(np.asarray, run(*arguments))
 
 
 def stack(apply, position_scale, offset, **options):
