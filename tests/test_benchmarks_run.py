@@ -448,15 +448,13 @@ def test_checkouts_are_checked(tmp_path):
     Checkouts(openfold=str(tmp_path)).check()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["lucidrains", "esmfold"])
 @pytest.mark.parametrize("mode", ["forward", "grad"])
 def test_torch_peers_compute_the_reference(name, mode):
-    pytest.importorskip("torch")
     tiny = Model.from_name("tiny")
     model = dataclasses.replace(tiny, ipa=dataclasses.replace(tiny.ipa, num_scalar_v=4))
     peer = load_peer(name, "module", model, Checkouts())
-    if isinstance(peer, Missing):
-        pytest.skip(peer.reason)
     problem = make_problem("module", model, 5, "float32", jax.random.key(0))
     prepared = peer.prepare([problem], mode)
     reference = candidates.reference("module", model)

@@ -190,7 +190,7 @@ def test_reference_is_af2(size, n, mask, case, compiled, count_bits):
     assert difference(ours[0], theirs[0]) <= 1e-6 * largest(theirs[0])
     assert ours[1].keys() == theirs[1].keys()
     for name, expected in theirs[1].items():
-        assert difference(ours[1][name], expected) <= 1e-5 * largest(expected), name
+        assert difference(ours[1][name], expected) <= 1e-6 * largest(expected), name
 
 
 @pytest.mark.usefixtures("af2_in_float64")

@@ -587,9 +587,10 @@ def test_what_openfold_has_no_module_for(golden, module_params):
         weights.to_openfold(module_params(variant))
 
 
+@pytest.mark.torch
 def test_esmfold_itself():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    import torch
+
     make = runpy.run_path(str(DATA / "make_torch_golden.py"))
     module, make_frames = make["esmfold_module"]()
     rng = np.random.default_rng(3)
