@@ -1,6 +1,7 @@
 """`python -m benchmarks`: see `--help`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -245,4 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == _INTERRUPTED:
+        # All is written; JAX's runtime, interrupted, crashes when Python takes it down.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

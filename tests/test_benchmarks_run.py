@@ -2,6 +2,11 @@
 
 import dataclasses
 import itertools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -423,6 +428,26 @@ def test_interrupted_program_keeps_what_was_measured(
     output = capsys.readouterr()
     assert "Interrupted." in output.err
     assert "attention core, N = 4, float32" in output.out
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_valid_file(tmp_path):
+    path = tmp_path / "x.json"
+    options = "--model tiny --sizes 4,2000 --modes grad --what core --peers none --repeats 2 --out"
+    program = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *options.split(), str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=Path(__file__).parents[1], start_new_session=True,
+    )  # fmt: skip
+    while not path.exists():  # written after the first size
+        time.sleep(0.1)
+        assert program.poll() is None
+    time.sleep(1)
+    program.send_signal(signal.SIGINT)
+    output, _ = program.communicate(timeout=120)
+    assert program.returncode == 130, output
+    assert {row.n for row in read(path).rows} == {4}
+    assert "The run was interrupted" in output
 
 
 # Peers.
