@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,14 +70,23 @@ class Stopwatch:
         self._calls = calls_per_sample(self._run(), min_sample_seconds)
 
     def sample(self) -> None:
-        """Takes one sample, in seconds per call."""
+        """Takes one sample, in seconds per call.
+
+        Not of the first call: that finds cold caches, sleeping threads and memory that the one
+        before has given back, where the layers of a model run one right after the other.
+        """
+        self._prepared.wait(self._start())
         self.samples.append(self._run())
+
+    def _start(self) -> Any:
+        result = self._prepared.start(self._next_copy)
+        self._next_copy = (self._next_copy + 1) % self._num_copies
+        return result
 
     def _run(self) -> float:
         start = time.perf_counter()
         for _ in range(self._calls):
-            result = self._prepared.start(self._next_copy)
-            self._next_copy = (self._next_copy + 1) % self._num_copies
+            result = self._start()
             if self._is_cpu:
                 self._prepared.wait(result)
         self._prepared.wait(result)
