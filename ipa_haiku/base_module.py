@@ -20,8 +20,10 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     assert_floating,
+    assert_integer,
     assert_shape,
     masked_center,
+    segment_center,
 )
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
@@ -104,10 +106,11 @@ class BaseInvariantPointAttention(hk.Module):
         mask: jax.Array,
         frames: Any,
         frames_name: str,
+        segment_ids: jax.Array | None,
         return_attention: bool,
     ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
         rotation, translation = rigid.to_rotation_translation(frames, frames_name)
-        _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name)
+        _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name, segment_ids)
         mask = mask[..., 0]
         *batch, num_residue = mask.shape
         selection = select_implementation(
@@ -118,12 +121,18 @@ class BaseInvariantPointAttention(hk.Module):
             return_attention=return_attention,
         )
         if selection.implementation != "reference":
-            # Global coordinates lose digits far from the origin; moving all frames changes
-            # nothing else.
-            translation = translation - masked_center(translation, mask)[..., None, :]
+            # Global coordinates lose digits far from the origin; moving all frames of a segment
+            # changes nothing else.
+            if segment_ids is None:
+                center = masked_center(translation, mask)[..., None, :]
+            else:
+                center = segment_center(translation, mask, segment_ids, segment_ids)
+            translation = translation - center
+        inputs = self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation)
+        inputs = inputs._replace(q_segment_ids=segment_ids, k_segment_ids=segment_ids)
         result = invariant_point_attention(
-            *self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation),
-            self._logit_scales(),
+            **inputs._asdict(),
+            logit_scales=self._logit_scales(),
             implementation=selection.implementation,
             precision=self._precision,
             query_block=selection.query_block,
@@ -167,6 +176,7 @@ def _check_inputs(
     mask: jax.Array,
     rotation: jax.Array,
     frames_name: str,
+    segment_ids: jax.Array | None,
 ) -> None:
     """Asserts that the arguments of a module fit each other.
 
@@ -184,6 +194,9 @@ def _check_inputs(
     assert_shape("inputs_2d", inputs_2d, "... N N C_z", (*batch, batch[-1], None))
     assert_shape("mask", mask, "... N 1", (*batch, 1))
     assert_shape(f"{frames_name}'s rotation", rotation, "... N 3 3", (*batch, 3, 3))
+    if segment_ids is not None:
+        assert_integer("segment_ids", segment_ids)
+        assert_shape("segment_ids", segment_ids, "... N", batch)
 
 
 def _output_features(result: IPAOutput, point_local: jax.Array, norm: jax.Array) -> jax.Array:

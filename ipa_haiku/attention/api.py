@@ -107,12 +107,15 @@ def invariant_point_attention(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    q_segment_ids: jax.Array | None = None,
+    k_segment_ids: jax.Array | None = None,
 ) -> IPAOutput:
     """Invariant point attention over arrays (Suppl. Alg. 22, lines 7 to 10).
 
     The logits are `total * (scalar * q.k - 1/2 point_weights * sum |Q - K|^2 + pair * (z W + b) -
-    1e5 * (1 - mask_i mask_j))` with `LogitScales(scalar, pair, total)`. Shape letters are those of
-    `ipa_haiku.attention.base`; every argument is floating-point.
+    1e5 * (1 - mask_i mask_j) - 2e5 * (segment_i != segment_j))` with `LogitScales(scalar, pair,
+    total)`. Shape letters are those of `ipa_haiku.attention.base`; every argument but the segments
+    is floating-point.
 
     Args:
       q_scalar: [..., Nq, H, C] scalar queries.
@@ -137,6 +140,10 @@ def invariant_point_attention(
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
         processed in blocks.
       return_attention: also return the attention weights and the three logit terms.
+      q_segment_ids: [..., Nq] any integers; None for one segment. A query attends to the keys of
+        its own segment as if there were no others. It must have one: the result of a query whose
+        segment has no key means nothing.
+      k_segment_ids: [..., Nk], given if and only if `q_segment_ids` is.
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
@@ -145,12 +152,13 @@ def invariant_point_attention(
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
-      ValueError: if there is no such implementation.
+      ValueError: if there is no such implementation, or only one of queries and keys has segments.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     inputs = IPAInputs(
         q_scalar, k_scalar, v_scalar, q_point, k_point, v_point,
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
+        q_segment_ids, k_segment_ids,
     )  # fmt: skip
     check_inputs(inputs)
     selection = select_implementation(
