@@ -25,6 +25,7 @@ from ipa_haiku.attention.base import (
     masked_center,
     segment_center,
 )
+from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
 
@@ -45,6 +46,7 @@ class BaseInvariantPointAttention(hk.Module):
         precision: jax.lax.PrecisionLike = None,
         query_block: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        sharding: RowSharding | None = None,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -60,6 +62,7 @@ class BaseInvariantPointAttention(hk.Module):
           precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
+          sharding: over devices, as in `invariant_point_attention`.
 
         Raises:
           ValueError: if a size in `config` is missing or not a positive integer.
@@ -74,6 +77,7 @@ class BaseInvariantPointAttention(hk.Module):
         self._query_block = query_block
         self._memory_budget = memory_budget
         self._precision = precision
+        self._sharding = sharding
 
     @abc.abstractmethod
     def _core_inputs(
@@ -119,6 +123,7 @@ class BaseInvariantPointAttention(hk.Module):
             query_block=self._query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            sharding=self._sharding,
         )
         if selection.implementation != "reference":
             # Global coordinates lose digits far from the origin; moving all frames of a segment
@@ -138,6 +143,7 @@ class BaseInvariantPointAttention(hk.Module):
             query_block=selection.query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            sharding=self._sharding,
         )
         point_local = rigid.invert_point(rotation, translation, result.point)
         features = _output_features(result, point_local, self._norm(point_local))

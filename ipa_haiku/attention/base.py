@@ -9,7 +9,7 @@ Shape letters, here and in the implementations:
     Pv   points of values                     C_z channels of `inputs_2d`
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -113,6 +113,18 @@ _AXES = {
     "q_segment_ids": "... Nq",
     "k_segment_ids": "... Nk",
 }
+
+
+def axes_of(inputs: IPAInputs) -> IPAInputs:
+    """The names of the axes of every array, such as "... Nq H C", in place of the array."""
+
+    def axes(name: str, x: Any) -> Any:
+        # A pair representation that is no array tells those of its parts.
+        return type(x)(**x.AXES) if hasattr(x, "AXES") else _AXES[name]
+
+    return IPAInputs(
+        **{name: axes(name, x) for name, x in inputs._asdict().items() if x is not None}
+    )
 
 
 def assert_floating(name: str, x: jax.Array) -> None:
