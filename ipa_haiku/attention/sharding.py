@@ -42,7 +42,7 @@ class RowSharding:
       ValueError: if `mesh` has no such axis, or both are the same.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     row_axis: str
     batch_axis: str | None = None
 
