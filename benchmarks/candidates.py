@@ -17,6 +17,7 @@ from benchmarks.problems import GLOBAL_CONFIG, Problem, core_scales
 from ipa_haiku import (
     InvariantPointAttention,
     QuatAffine,
+    RowSharding,
     folding_multimer,
     invariant_point_attention,
     rigid,
@@ -145,13 +146,18 @@ def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
     return JaxCandidate(*_name_and_label(implementation), forward)
 
 
-def our_module(model: Model, implementation: str | None, **call_options: Any) -> JaxCandidate:
+def our_module(
+    model: Model,
+    implementation: str | None,
+    sharding: RowSharding | None = None,
+    **call_options: Any,
+) -> JaxCandidate:
     """This project's Haiku module, called with `call_options`."""
     is_multimer = model.variant == "multimer"
     module = folding_multimer.InvariantPointAttention if is_multimer else InvariantPointAttention
     forward = _module_forward(
         model,
-        functools.partial(module, implementation=implementation),
+        functools.partial(module, implementation=implementation, sharding=sharding),
         QuatAffine.from_tensor,
         **call_options,
     )

@@ -6,6 +6,7 @@ from ipa_haiku.attention.api import (
     select_implementation,
 )
 from ipa_haiku.attention.base import AttentionTerms, IPAOutput, LogitScales
+from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.config import IPAConfig
 from ipa_haiku.folding import InvariantPointAttention
 from ipa_haiku.quat_affine import QuatAffine
@@ -17,6 +18,7 @@ __all__ = [
     "InvariantPointAttention",
     "LogitScales",
     "QuatAffine",
+    "RowSharding",
     "Selection",
     "invariant_point_attention",
     "select_implementation",

@@ -20,9 +20,12 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     assert_floating,
+    assert_integer,
     assert_shape,
     masked_center,
+    segment_center,
 )
+from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
 
@@ -43,6 +46,7 @@ class BaseInvariantPointAttention(hk.Module):
         precision: jax.lax.PrecisionLike = None,
         query_block: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        sharding: RowSharding | None = None,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -58,6 +62,7 @@ class BaseInvariantPointAttention(hk.Module):
           precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
+          sharding: over devices, as in `invariant_point_attention`.
 
         Raises:
           ValueError: if a size in `config` is missing or not a positive integer.
@@ -72,6 +77,7 @@ class BaseInvariantPointAttention(hk.Module):
         self._query_block = query_block
         self._memory_budget = memory_budget
         self._precision = precision
+        self._sharding = sharding
 
     @abc.abstractmethod
     def _core_inputs(
@@ -104,10 +110,11 @@ class BaseInvariantPointAttention(hk.Module):
         mask: jax.Array,
         frames: Any,
         frames_name: str,
+        segment_ids: jax.Array | None,
         return_attention: bool,
     ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
         rotation, translation = rigid.to_rotation_translation(frames, frames_name)
-        _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name)
+        _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name, segment_ids)
         mask = mask[..., 0]
         *batch, num_residue = mask.shape
         selection = select_implementation(
@@ -116,19 +123,27 @@ class BaseInvariantPointAttention(hk.Module):
             query_block=self._query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            sharding=self._sharding,
         )
         if selection.implementation != "reference":
-            # Global coordinates lose digits far from the origin; moving all frames changes
-            # nothing else.
-            translation = translation - masked_center(translation, mask)[..., None, :]
+            # Global coordinates lose digits far from the origin; moving all frames of a segment
+            # changes nothing else.
+            if segment_ids is None:
+                center = masked_center(translation, mask)[..., None, :]
+            else:
+                center = segment_center(translation, mask, segment_ids, segment_ids)
+            translation = translation - center
+        inputs = self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation)
+        inputs = inputs._replace(q_segment_ids=segment_ids, k_segment_ids=segment_ids)
         result = invariant_point_attention(
-            *self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation),
-            self._logit_scales(),
+            **inputs._asdict(),
+            logit_scales=self._logit_scales(),
             implementation=selection.implementation,
             precision=self._precision,
             query_block=selection.query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            sharding=self._sharding,
         )
         point_local = rigid.invert_point(rotation, translation, result.point)
         features = _output_features(result, point_local, self._norm(point_local))
@@ -167,6 +182,7 @@ def _check_inputs(
     mask: jax.Array,
     rotation: jax.Array,
     frames_name: str,
+    segment_ids: jax.Array | None,
 ) -> None:
     """Asserts that the arguments of a module fit each other.
 
@@ -184,6 +200,9 @@ def _check_inputs(
     assert_shape("inputs_2d", inputs_2d, "... N N C_z", (*batch, batch[-1], None))
     assert_shape("mask", mask, "... N 1", (*batch, 1))
     assert_shape(f"{frames_name}'s rotation", rotation, "... N 3 3", (*batch, 3, 3))
+    if segment_ids is not None:
+        assert_integer("segment_ids", segment_ids)
+        assert_shape("segment_ids", segment_ids, "... N", batch)
 
 
 def _output_features(result: IPAOutput, point_local: jax.Array, norm: jax.Array) -> jax.Array:

@@ -35,6 +35,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         mask: jax.Array,
         affine: Any,
         *,
+        segment_ids: jax.Array | None = None,
         return_attention: bool = False,
     ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
         """Updates the activations of every residue from all others.
@@ -46,6 +47,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           affine: frames of the residues, translations in units of `position_scale`: a `QuatAffine`
             (ours or AF2's), AF2's `Rigid3Array`, or a pair (rotation [..., N, 3, 3], translation
             [..., N, 3]).
+          segment_ids: [..., N] any integers, for several proteins or chains in one call: residues
+            attend to those of the same number, as if each segment were alone. None for one segment.
           return_attention: also return the attention weights and the logit terms.
 
         Returns:
@@ -56,7 +59,9 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           TypeError: if `affine` is of no known kind or an input is no array.
           AssertionError: naming the argument whose shape or dtype does not fit.
         """
-        return self._attend(inputs_1d, inputs_2d, mask, affine, "affine", return_attention)
+        return self._attend(
+            inputs_1d, inputs_2d, mask, affine, "affine", segment_ids, return_attention
+        )
 
     @hk.transparent
     def _core_inputs(

@@ -39,6 +39,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         mask: jax.Array,
         rigid: Any,
         *,
+        segment_ids: jax.Array | None = None,
         return_attention: bool = False,
     ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
         """Updates the activations of every residue from all others.
@@ -50,6 +51,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           rigid: frames of the residues, translations in units of `position_scale`: AF2's
             `Rigid3Array`, a `QuatAffine` (ours or AF2's), or a pair (rotation [..., N, 3, 3],
             translation [..., N, 3]).
+          segment_ids: [..., N] any integers, for several proteins or chains in one call: residues
+            attend to those of the same number, as if each segment were alone. None for one segment.
           return_attention: also return the attention weights and the logit terms.
 
         Returns:
@@ -60,7 +63,9 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           TypeError: if `rigid` is of no known kind or an input is no array.
           AssertionError: naming the argument whose shape or dtype does not fit.
         """
-        return self._attend(inputs_1d, inputs_2d, mask, rigid, "rigid", return_attention)
+        return self._attend(
+            inputs_1d, inputs_2d, mask, rigid, "rigid", segment_ids, return_attention
+        )
 
     @hk.transparent
     def _core_inputs(

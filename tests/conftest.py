@@ -131,10 +131,11 @@ def _core_inputs(
     # Points and what weighs them stay float32, as in the modules.
     wide = {"q_point", "k_point", "v_point", "point_weights", "q_mask", "k_mask"}
     return IPAInputs(
-        *(
-            jnp.asarray(x.astype("float32" if name in wide else dtype))
+        **{
+            name: jnp.asarray(x.astype("float32" if name in wide else dtype))
             for name, x in arrays._asdict().items()
-        )
+            if x is not None
+        }
     )
 
 

@@ -25,7 +25,7 @@ def softmax(logits):
 
 def attend(inputs, scales):
     """The core without batch dimensions: `IPAInputs` and `LogitScales` to a dict of arrays."""
-    x = type(inputs)(*(np.asarray(a, np.float64) for a in inputs))
+    x = type(inputs)(*(np.asarray(a, np.float64) for a in inputs if a is not None))
     difference = x.q_point[:, None] - x.k_point[None]  # [i, j, h, p, x]
     terms = {
         "scalar_logits": scales.scalar * np.einsum("ihc,jhc->hij", x.q_scalar, x.k_scalar),

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packing
 import pytest
 
 from ipa_haiku import LogitScales, invariant_point_attention
@@ -68,7 +69,8 @@ def value_and_gradients(options: tuple[tuple[str, Any], ...], scales: LogitScale
 
     @jax.jit
     def run(inputs, rows, cotangents):
-        masks = {"q_mask": inputs.q_mask, "k_mask": inputs.k_mask}
+        constant = {"q_mask", "k_mask", "q_segment_ids", "k_segment_ids"}
+        masks = {name: getattr(inputs, name) for name in constant}
 
         def fn(arrays):
             result = invariant_point_attention(
@@ -144,7 +146,9 @@ class ImplementationTests:
     options: ClassVar[dict[str, Any]]
 
     def attend(self, *inputs, scales=MONOMER, **options):
-        return invariant_point_attention(*inputs, scales, **self.options, **options)
+        return invariant_point_attention(
+            **IPAInputs(*inputs)._asdict(), logit_scales=scales, **self.options, **options
+        )
 
     def outputs(self, *inputs):
         return self.attend(*inputs)[:3]
@@ -183,7 +187,7 @@ class ImplementationTests:
     def test_numerical_gradients(self, sizes_of, make_core_inputs):
         inputs = make_core_inputs(sizes_of("tiny"), 3, 4, mask="holed")
         with jax.enable_x64(True):
-            inputs = IPAInputs(*(jnp.asarray(x, jnp.float64) for x in inputs))
+            inputs = [jnp.asarray(x, jnp.float64) for x in inputs if x is not None]
             fn = jax.jit(lambda *arrays: self.outputs(*arrays, *inputs[-2:]))
             chex.assert_numerical_grads(
                 fn, inputs[:-2], order=1, modes=["rev"], atol=1e-6, rtol=1e-6
@@ -202,7 +206,8 @@ class ImplementationTests:
         draws = [x._replace(**{k: getattr(draws[0], k) for k in parameters}) for x in draws]
         axes = tuple(None if name in parameters else 0 for name in IPAInputs._fields)
         stacked = [
-            x[0] if axis is None else jnp.stack(x) for axis, *x in zip(axes, *draws, strict=True)
+            x[0] if axis is None else jax.tree.map(lambda *a: jnp.stack(a), *x)
+            for axis, *x in zip(axes, *draws, strict=True)
         ]
         one_by_one = jax.jit(self.outputs)
         loop = jax.tree.map(lambda *x: np.stack(x), *(one_by_one(*x) for x in draws))
@@ -213,14 +218,18 @@ class ImplementationTests:
         inputs = make_core_inputs(sizes_of("tiny"), 6, 7, batch=(2, 3))
         batched, one_by_one = jax.jit(self.outputs)(*inputs), jax.jit(self.outputs)
         for index in np.ndindex(2, 3):
-            arrays = inputs._asdict().items()
-            one = one_by_one(*(x if name in PARAMETERS else x[index] for name, x in arrays))
+            one = one_by_one(
+                *(
+                    x if name in PARAMETERS else jax.tree.map(lambda a, i=index: a[i], x)
+                    for name, x in inputs._asdict().items()
+                )
+            )
             chex.assert_trees_all_close(
                 one, tuple(x[index] for x in batched), rtol=20 * EPS, atol=20 * EPS
             )
 
     def test_checkpoint(self, inputs):
-        arrays, masks = inputs[:-2], inputs[-2:]
+        arrays, masks = inputs[:-4], inputs[-4:]
         assert_gradients_close(
             jax.jit(jax.checkpoint(lambda *x: self.outputs(*x, *masks))),
             jax.jit(lambda *x: self.outputs(*x, *masks)),
@@ -254,9 +263,8 @@ class ImplementationTests:
 
         def run(**options):
             def loss(q_point):
-                result = invariant_point_attention(
-                    *inputs._replace(q_point=q_point), MONOMER, **options
-                )
+                arrays = inputs._replace(q_point=q_point)._asdict()
+                result = invariant_point_attention(**arrays, logit_scales=MONOMER, **options)
                 return jnp.sum(jnp.square(result.scalar))
 
             if transform == "jvp":
@@ -292,7 +300,7 @@ class ImplementationTests:
 
     def test_masked_keys_are_not_seen(self, inputs):
         masked = np.asarray(inputs.k_mask == 0)
-        arrays = {name: np.array(x) for name, x in inputs._asdict().items()}
+        arrays = jax.tree.map(np.array, inputs)._asdict()
         garbage = {"k_scalar": 1e2, "v_scalar": 1e4, "k_point": -1e4, "v_point": 1e4}
         for name, value in garbage.items():
             arrays[name][masked] = value
@@ -300,6 +308,64 @@ class ImplementationTests:
         outputs, valid = jax.jit(self.outputs), np.asarray(inputs.q_mask == 1)
         for actual, expected in zip(outputs(*arrays.values()), outputs(*inputs)):
             np.testing.assert_array_equal(actual[valid], expected[valid])
+
+    def test_segments_equal_each_alone(self, draw_proteins):
+        def run(options, inputs, cotangents):
+            rows = np.ones_like(inputs.q_mask)  # masked ones, too
+            outputs, gradients = value_and_gradients(options, MULTIMER)(inputs, rows, cotangents)
+            return jax.device_get((list(outputs[:3]), gradients))
+
+        options, results = tuple(self.options.items()), []
+        for seed in range(NUM_RESIDUES // 17):
+            rng = np.random.default_rng(seed)
+            proteins = draw_proteins(seed)
+            inputs, packed = packing.pack(proteins, rng)
+            shapes = jax.eval_shape(self.outputs, *inputs)
+            cotangents = [rng.normal(size=x.shape).astype(np.float32) for x in shapes]
+            of_each = list(zip(*map(packed.rows, cotangents)))
+            outputs, gradients = run(options, inputs, cotangents)
+            actual = [packed.rows(x) for x in outputs], packed.gradients(gradients)
+            between = inputs.q_segment_ids[:, None] != inputs.k_segment_ids
+            assert not np.any(gradients["inputs_2d"][between])
+
+            alone = packing.merge(run(REFERENCE, x, c) for x, c in zip(proteins, of_each))
+            with jax.enable_x64(True):
+                wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (proteins, of_each))
+                exact = packing.merge(run(REFERENCE, x, c) for x, c in zip(*wide))
+            results.append((actual, alone, exact))
+        stacked = (jax.tree.map(lambda *x: np.stack(x), *trees) for trees in zip(*results))
+        assert_within_error_budget(*stacked)
+
+    @pytest.fixture
+    def draw_proteins(self, sizes_of, make_core_inputs):
+        """Three proteins: one with holes, one 10,000 A away, one whose keys are all masked."""
+
+        def draw(seed):
+            proteins = [
+                make_core_inputs(sizes_of("tiny"), 17, 16, seed=3 * seed + i, **options)
+                for i, options in enumerate(
+                    ({"mask": "holed"}, {"mask": "padded", "points": "far"}, {"mask": "zero"})
+                )
+            ]
+            first = proteins[0]
+            proteins[2] = proteins[2]._replace(q_mask=jnp.ones(17))
+            return [x._replace(**{k: getattr(first, k) for k in PARAMETERS}) for x in proteins]
+
+        return draw
+
+    def test_batch_of_segments_equals_loop(self, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 6, 7, batch=(2,), mask="padded")
+        inputs = inputs._replace(
+            q_segment_ids=jnp.array([[0, 0, 1, 1, 2, 2], [5] * 6]),
+            k_segment_ids=jnp.array([[0, 0, 1, 1, 2, 2, 2], [5] * 7]),
+        )
+        batched = jax.jit(self.outputs)(*inputs)
+        for i in range(2):
+            arrays = inputs._asdict().items()
+            one = jax.jit(self.outputs)(*(x if k in PARAMETERS else x[i] for k, x in arrays))
+            chex.assert_trees_all_close(
+                one, tuple(x[i] for x in batched), rtol=20 * EPS, atol=20 * EPS
+            )
 
 
 class TestReference(ImplementationTests):
@@ -322,9 +388,14 @@ def test_every_implementation_is_tested():
 # --- bad input -----------------------------------------------------------------------------------
 
 
+FLOATING = IPAInputs._fields[:12]  # the last two are the segments
+
+
 def assert_refused(inputs, message, error=AssertionError, **options):
     with pytest.raises(error, match=message):
-        jax.eval_shape(lambda: invariant_point_attention(*inputs, MONOMER, **options))
+        jax.eval_shape(
+            lambda: invariant_point_attention(**inputs._asdict(), logit_scales=MONOMER, **options)
+        )
 
 
 @pytest.fixture
@@ -332,19 +403,19 @@ def good(sizes_of, make_core_inputs):
     return jax.tree.map(np.asarray, make_core_inputs(sizes_of("tiny"), 6, 7))
 
 
-@pytest.mark.parametrize("name", IPAInputs._fields)
+@pytest.mark.parametrize("name", FLOATING)
 def test_integers_are_refused(name, good):
     bad = good._replace(**{name: getattr(good, name).astype(np.int32)})
     assert_refused(bad, f"{name} must be floating-point, got int32")
 
 
-@pytest.mark.parametrize("name", IPAInputs._fields)
+@pytest.mark.parametrize("name", FLOATING)
 def test_what_is_no_array_is_refused(name, good):
     bad = good._replace(**{name: getattr(good, name).tolist()})
     assert_refused(bad, f"{name} must be an array, got list", TypeError)
 
 
-@pytest.mark.parametrize("name", IPAInputs._fields)
+@pytest.mark.parametrize("name", FLOATING)
 def test_a_wrong_rank_is_refused(name, good):
     # A missing dimension; for all but the first argument, which sets the batch, also one more.
     array = getattr(good, name)
@@ -355,7 +426,7 @@ def test_a_wrong_rank_is_refused(name, good):
 
 AXES = [
     (name, axis)
-    for name, rank in zip(IPAInputs._fields, [3, 3, 3, 4, 4, 4, 3, 2, 1, 1, 1, 1])
+    for name, rank in zip(FLOATING, [3, 3, 3, 4, 4, 4, 3, 2, 1, 1, 1, 1])
     for axis in range(rank)
 ]
 # Sizes that an argument is the first to have: the next one that has it is named.
@@ -374,7 +445,7 @@ FREE = {("v_scalar", 2), ("v_point", 2)}
 def test_a_wrong_size_is_refused(name, axis, good):
     longer = good._replace(**{name: np.repeat(getattr(good, name), 2, axis)})
     if (name, axis) in FREE:
-        jax.eval_shape(lambda: invariant_point_attention(*longer, MONOMER))
+        jax.eval_shape(lambda: invariant_point_attention(**longer._asdict(), logit_scales=MONOMER))
     else:
         named = NAMED_INSTEAD.get((name, axis), name)
         assert_refused(longer, rf"{named} must have shape \[.*got \(")
@@ -389,6 +460,22 @@ def test_an_empty_argument_is_refused(name, axis, good):
 def test_mismatched_batches_are_refused(sizes_of, make_core_inputs):
     inputs = make_core_inputs(sizes_of("tiny"), 3, batch=(2,))
     assert_refused(inputs._replace(k_point=inputs.k_point[:1]), "k_point must have shape")
+
+
+SEGMENTS = {"q_segment_ids": np.zeros(6, np.int32), "k_segment_ids": np.zeros(7, np.int32)}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_wrong_segments_are_refused(name, good):
+    with_segments = good._replace(**SEGMENTS)
+    ids = SEGMENTS[name]
+    for bad in (ids[:-1], ids[None]):
+        assert_refused(with_segments._replace(**{name: bad}), rf"{name} must have shape \[.*got \(")
+    bad = with_segments._replace(**{name: ids.astype(np.float32)})
+    assert_refused(bad, f"{name} must be integers, got float32")
+    assert_refused(
+        with_segments._replace(**{name: None}), f"{name}.*give both or neither", ValueError
+    )
 
 
 def test_an_unknown_implementation_is_refused(good):

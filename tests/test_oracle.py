@@ -35,7 +35,10 @@ def test_core_with_attention(sizes_of, make_core_inputs):
     inputs = make_core_inputs(sizes_of("odd"), 7, 9)
     scales = LogitScales(scalar=0.3, pair=0.7, total=0.4)
     result = invariant_point_attention(
-        *inputs, scales, implementation="reference", return_attention=True
+        **inputs._asdict(),
+        logit_scales=scales,
+        implementation="reference",
+        return_attention=True,
     )
     actual = {**result._asdict(), **result.attention._asdict()}
     del actual["attention"]

@@ -1,5 +1,6 @@
 """The one entry to the attention core: checks, chooses an implementation, calls it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 
 from ipa_haiku.attention import reference, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
+from ipa_haiku.attention.sharding import RowSharding
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
@@ -36,6 +38,7 @@ def select_implementation(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    sharding: RowSharding | None = None,
 ) -> Selection:
     """Tells which implementation would run for attention weights of such a shape.
 
@@ -45,13 +48,14 @@ def select_implementation(
       query_block: as in `invariant_point_attention`.
       memory_budget: as in `invariant_point_attention`.
       return_attention: as in `invariant_point_attention`.
+      sharding: as in `invariant_point_attention`; what is chosen suits the rows of one device.
 
     Returns:
       `Selection` of the implementation, the number of query rows at a time, and the reason.
 
     Raises:
       ValueError: if there is no such implementation, or `query_block` or `memory_budget` is not a
-        positive integer.
+        positive integer, or `sharding` does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -62,6 +66,9 @@ def select_implementation(
     for name, value in (("query_block", query_block), ("memory_budget", memory_budget)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+    if sharding is not None:
+        shape = sharding.local_shape(shape)
 
     if return_attention and implementation is None and query_block is None:
         return Selection("reference", None, "attention weights are asked for")
@@ -107,12 +114,16 @@ def invariant_point_attention(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    q_segment_ids: jax.Array | None = None,
+    k_segment_ids: jax.Array | None = None,
+    sharding: RowSharding | None = None,
 ) -> IPAOutput:
     """Invariant point attention over arrays (Suppl. Alg. 22, lines 7 to 10).
 
     The logits are `total * (scalar * q.k - 1/2 point_weights * sum |Q - K|^2 + pair * (z W + b) -
-    1e5 * (1 - mask_i mask_j))` with `LogitScales(scalar, pair, total)`. Shape letters are those of
-    `ipa_haiku.attention.base`; every argument is floating-point.
+    1e5 * (1 - mask_i mask_j) - 2e5 * (segment_i != segment_j))` with `LogitScales(scalar, pair,
+    total)`. Shape letters are those of `ipa_haiku.attention.base`; every argument but the segments
+    is floating-point.
 
     Args:
       q_scalar: [..., Nq, H, C] scalar queries.
@@ -137,6 +148,12 @@ def invariant_point_attention(
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
         processed in blocks.
       return_attention: also return the attention weights and the three logit terms.
+      q_segment_ids: [..., Nq] any integers; None for one segment. A query attends to the keys of
+        its own segment as if there were no others. It must have one: the result of a query whose
+        segment has no key means nothing.
+      k_segment_ids: [..., Nk], given if and only if `q_segment_ids` is.
+      sharding: which devices compute which rows; None for no more than JAX itself makes of sharded
+        arguments. `memory_budget` is then that of each device.
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
@@ -145,12 +162,14 @@ def invariant_point_attention(
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
-      ValueError: if there is no such implementation.
+      ValueError: if there is no such implementation, only one of queries and keys has segments, or
+        `sharding` does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     inputs = IPAInputs(
         q_scalar, k_scalar, v_scalar, q_point, k_point, v_point,
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
+        q_segment_ids, k_segment_ids,
     )  # fmt: skip
     check_inputs(inputs)
     selection = select_implementation(
@@ -159,11 +178,17 @@ def invariant_point_attention(
         query_block=query_block,
         memory_budget=memory_budget,
         return_attention=return_attention,
+        sharding=sharding,
     )
     options = (
         {"return_attention": return_attention}
         if selection.implementation == "reference"
         else {"query_block": selection.query_block}
     )
-    attend = IMPLEMENTATIONS[selection.implementation]
-    return attend(inputs, logit_scales, precision=precision, **options)
+    attend = functools.partial(
+        IMPLEMENTATIONS[selection.implementation],
+        scales=logit_scales,
+        precision=precision,
+        **options,
+    )
+    return attend(inputs) if sharding is None else sharding.run(attend, inputs)

@@ -9,7 +9,7 @@ Shape letters, here and in the implementations:
     Pv   points of values                     C_z channels of `inputs_2d`
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -19,6 +19,11 @@ import jax.numpy as jnp
 # exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
 # gives a plain average instead of NaN.
 MASK_PENALTY = 1e5
+
+# What a logit loses on top where query and key are of different segments. Twice the above, so that
+# even what is masked in a query's own segment comes before all of the others, and a row that sees
+# only masked keys averages over those that it would average over alone.
+SEGMENT_PENALTY = 2 * MASK_PENALTY
 
 
 class LogitScales(NamedTuple):
@@ -47,6 +52,8 @@ class IPAInputs(NamedTuple):
     point_weights: jax.Array  # [H] softplus'ed and scaled
     q_mask: jax.Array  # [..., Nq]
     k_mask: jax.Array  # [..., Nk]
+    q_segment_ids: jax.Array | None = None  # [..., Nq] integers
+    k_segment_ids: jax.Array | None = None  # [..., Nk]
 
     @property
     def num_query(self) -> int:
@@ -66,7 +73,7 @@ class IPAInputs(NamedTuple):
     @property
     def logits_dtype(self) -> jnp.dtype:
         """float32, or float64 if any argument is: of points, logits and softmax statistics."""
-        return jnp.result_type(jnp.float32, *self)
+        return jnp.result_type(jnp.float32, *jax.tree.leaves(self))
 
 
 class AttentionTerms(NamedTuple):
@@ -103,7 +110,21 @@ _AXES = {
     "point_weights": "H",
     "q_mask": "... Nq",
     "k_mask": "... Nk",
+    "q_segment_ids": "... Nq",
+    "k_segment_ids": "... Nk",
 }
+
+
+def axes_of(inputs: IPAInputs) -> IPAInputs:
+    """The names of the axes of every array, such as "... Nq H C", in place of the array."""
+
+    def axes(name: str, x: Any) -> Any:
+        # A pair representation that is no array tells those of its parts.
+        return type(x)(**x.AXES) if hasattr(x, "AXES") else _AXES[name]
+
+    return IPAInputs(
+        **{name: axes(name, x) for name, x in inputs._asdict().items() if x is not None}
+    )
 
 
 def assert_floating(name: str, x: jax.Array) -> None:
@@ -113,9 +134,24 @@ def assert_floating(name: str, x: jax.Array) -> None:
       TypeError: if it is not an array.
       AssertionError: if its dtype is not a floating-point one.
     """
+    _assert_array(name, x)
+    chex.assert_type(x, float, custom_message=f"{name} must be floating-point, got {x.dtype}")
+
+
+def assert_integer(name: str, x: jax.Array) -> None:
+    """Asserts that `x` is an array of integers, naming the argument.
+
+    Raises:
+      TypeError: if it is not an array.
+      AssertionError: if its dtype is not an integer one.
+    """
+    _assert_array(name, x)
+    chex.assert_type(x, int, custom_message=f"{name} must be integers, got {x.dtype}")
+
+
+def _assert_array(name: str, x: jax.Array) -> None:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
-    chex.assert_type(x, float, custom_message=f"{name} must be floating-point, got {x.dtype}")
 
 
 def assert_shape(name: str, x: jax.Array, axes: str, expected: tuple) -> None:
@@ -137,11 +173,19 @@ def check_inputs(inputs: IPAInputs) -> None:
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: naming the first argument that does not fit, its axes and both shapes.
+      ValueError: if only one of queries and keys has segments.
     """
+    if (inputs.q_segment_ids is None) != (inputs.k_segment_ids is None):
+        raise ValueError("q_segment_ids and k_segment_ids: give both or neither.")
     sizes: dict[str, int] = {"3": 3}
     batch: tuple[int, ...] | None = None
     for name, x in inputs._asdict().items():
-        assert_floating(name, x)
+        if name in ("q_segment_ids", "k_segment_ids"):
+            if x is None:
+                continue
+            assert_integer(name, x)
+        else:
+            assert_floating(name, x)
         batched, *axes = _AXES[name].split() if "..." in _AXES[name] else ("", *_AXES[name].split())
         if batched and batch is None:
             batch = x.shape[: max(x.ndim - len(axes), 0)]
@@ -167,3 +211,45 @@ def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
     weights = mask[..., None].astype(points.dtype)
     total = jnp.maximum(jnp.sum(weights, axis=-2), 1.0)
     return jax.lax.stop_gradient(jnp.sum(weights * points, axis=-2) / total)
+
+
+def segment_center(
+    points: jax.Array, mask: jax.Array, segment_ids: jax.Array, of_segment_ids: jax.Array
+) -> jax.Array:
+    """`masked_center` of the segment that each of M residues is in.
+
+    Segments may be far from each other; distances between them are never asked for.
+
+    Args:
+      points: [..., N, 3], finite also where masked.
+      mask: [..., N].
+      segment_ids: [..., N] of the points, any integers.
+      of_segment_ids: [..., M] segments whose centers to return.
+
+    Returns:
+      [..., M, 3]; zero for a segment without unmasked points.
+    """
+    # A comparison per pair costs little beside attention, fuses into the sums, needs neither a
+    # sort nor a scatter and sums in the same order on every run.
+    same = of_segment_ids[..., :, None] == segment_ids[..., None, :]  # [..., M, N]
+    weights = jnp.where(same, mask[..., None, :].astype(points.dtype), 0.0)
+    total = jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
+    sums = [jnp.sum(weights * points[..., None, :, d], axis=-1) for d in range(3)]
+    return jax.lax.stop_gradient(jnp.stack(sums, axis=-1) / total[..., None])
+
+
+def subtract_segment_penalty(logits: jax.Array, inputs: IPAInputs) -> jax.Array:
+    """Takes from logits [..., H, Nq, Nk] what they lose across segments; untouched without any."""
+    if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
+        return logits
+    differ = inputs.q_segment_ids[..., :, None] != inputs.k_segment_ids[..., None, :]
+    return logits - SEGMENT_PENALTY * differ[..., None, :, :].astype(logits.dtype)
+
+
+def widen(inputs: IPAInputs) -> IPAInputs:
+    """Every floating-point array in float32, or float64 if any is."""
+
+    def widen_array(x: jax.Array) -> jax.Array:
+        return x.astype(inputs.logits_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widen_array, inputs)

@@ -14,6 +14,8 @@ from ipa_haiku.attention.base import (
     IPAInputs,
     IPAOutput,
     LogitScales,
+    subtract_segment_penalty,
+    widen,
 )
 
 
@@ -35,8 +37,7 @@ def attend(
     Returns:
       `IPAOutput`, with `attention` set if asked for.
     """
-    dtype = inputs.logits_dtype
-    wide = IPAInputs(*(x.astype(dtype) for x in inputs))
+    wide = widen(inputs)
 
     # Line 7, the three terms and the mask.
     scalar_logits = _scalar_logits(wide, scales, precision)
@@ -45,6 +46,7 @@ def attend(
     logits = scalar_logits + point_logits + pair_logits
     mask_2d = wide.q_mask[..., None, :, None] * wide.k_mask[..., None, None, :]
     logits -= MASK_PENALTY * (1.0 - mask_2d)
+    logits = subtract_segment_penalty(logits, wide)
     weights = jax.nn.softmax(scales.total * logits)  # [..., H, Nq, Nk]
 
     # Line 9.

@@ -24,6 +24,9 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     masked_center,
+    segment_center,
+    subtract_segment_penalty,
+    widen,
 )
 
 # Products that involve points: never bfloat16 or TF32.
@@ -59,11 +62,10 @@ def attend(
     Raises:
       TypeError: under forward-mode differentiation, which only `reference` supports.
     """
-    key_center = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
-    center = masked_center(key_center, inputs.k_mask)[..., None, None, None, :]
+    q_center, k_center = _centers(inputs)
     inputs = inputs._replace(
-        q_point=inputs.q_point - center, k_point=inputs.k_point - center,
-        v_point=inputs.v_point - center,
+        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
+        v_point=inputs.v_point - k_center,
     )  # fmt: skip
     query_block = min(query_block or inputs.num_query, inputs.num_query)
     attend_batch = functools.partial(_attend, _Static(scales, precision, query_block))
@@ -79,7 +81,23 @@ def attend(
                 "mode (jvp, jacfwd, linearize); use implementation='reference' for that."
             ) from error
         raise
-    return out._replace(point=out.point + center)
+    return out._replace(point=out.point + q_center)
+
+
+def _centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
+    """What to subtract from points of queries and of keys, [..., Nq or 1, 1, 1, 3] and so on.
+
+    A query and the keys that it sees have the same center: that of their segment.
+    """
+    points = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
+    if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
+        center = masked_center(points, inputs.k_mask)[..., None, None, None, :]
+        return center, center
+    q_center, k_center = (
+        segment_center(points, inputs.k_mask, inputs.k_segment_ids, segment_ids)
+        for segment_ids in (inputs.q_segment_ids, inputs.k_segment_ids)
+    )
+    return q_center[..., None, None, :], k_center[..., None, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,7 +110,7 @@ def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
     if static.query_block < inputs.num_query:
         out = _forward_in_blocks(static, inputs)
     else:
-        x = _widen(inputs)
+        x = widen(inputs)
         weights = _softmax(static, x)
         out = _outputs(static, x, *weights)
     # The wide outputs are kept: the gradient takes a difference with them.
@@ -105,8 +123,9 @@ def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tupl
         grads = _backward_in_blocks(static, inputs, out, cotangent)
     else:
         cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
-        grads = _backward(static, _widen(inputs), out, weights, cotangent)
-    return (IPAInputs(*(g.astype(a.dtype) for g, a in zip(grads, inputs))),)
+        grads = _backward(static, widen(inputs), out, weights, cotangent)
+    inputs = _without_segments(inputs)  # which have no gradient
+    return (jax.tree.map(lambda g, a: g.astype(a.dtype), grads, inputs),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -133,6 +152,7 @@ def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
     terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * square_distance
     mask_2d = x.q_mask[:, None] * x.k_mask
     terms = terms - MASK_PENALTY * (1.0 - mask_2d)
+    terms = subtract_segment_penalty(terms, x)
     # Rounding to its own precision changes nothing, and XLA:CPU does not fuse it into the matmul
     # above: without it, that fusion takes in half of the distances, and the other half is written
     # out, at three times the cost.
@@ -232,7 +252,7 @@ def _backward_queries_and_keys(
     }
 
 
-_BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask")
+_BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
 
 
 def _forward_in_blocks(static: _Static, inputs: IPAInputs) -> IPAOutput:
@@ -240,7 +260,7 @@ def _forward_in_blocks(static: _Static, inputs: IPAInputs) -> IPAOutput:
 
     def block(i: jax.Array | int) -> tuple[jax.Array, IPAOutput]:
         start, rows = _rows(static, inputs, i)
-        x = _widen(rows)
+        x = widen(rows)
         return start, _outputs(static, x, *_softmax(static, x))
 
     def step(i: jax.Array, out: IPAOutput) -> IPAOutput:
@@ -272,22 +292,28 @@ def _backward_in_blocks(
         cotangent_rows = jax.tree.map(
             lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
         )
-        x = _widen(rows)
+        x = widen(rows)
         block = _backward(static, x, out_rows, _softmax(static, x), cotangent_rows)
         return IPAInputs(
             **{
-                name: _update(getattr(grads, name), getattr(block, name), start)
+                name: _update(total, getattr(block, name), start)
                 if name in _BY_ROW
-                else getattr(grads, name) + getattr(block, name)
-                for name in IPAInputs._fields
+                else total + getattr(block, name)
+                for name, total in grads._asdict().items()
+                if total is not None
             }
         )
 
     zeros = {
         name: jnp.zeros(a.shape, a.dtype if name == "inputs_2d" else dtype)
-        for name, a in inputs._asdict().items()
+        for name, a in _without_segments(inputs)._asdict().items()
+        if a is not None
     }
     return jax.lax.fori_loop(0, num_block, step, IPAInputs(**zeros))
+
+
+def _without_segments(inputs: IPAInputs) -> IPAInputs:
+    return inputs._replace(q_segment_ids=None, k_segment_ids=None)
 
 
 def _num_block(static: _Static, inputs: IPAInputs) -> int:
@@ -297,7 +323,10 @@ def _num_block(static: _Static, inputs: IPAInputs) -> int:
 def _rows(static: _Static, inputs: IPAInputs, i: jax.Array | int) -> tuple[jax.Array, IPAInputs]:
     """First row and inputs of block i; the last block is moved back to be as long as the rest."""
     start = jnp.minimum(i * static.query_block, inputs.num_query - static.query_block)
-    rows = {name: _slice(getattr(inputs, name), start, static.query_block) for name in _BY_ROW}
+    rows = {
+        name: jax.tree.map(lambda a: _slice(a, start, static.query_block), getattr(inputs, name))
+        for name in _BY_ROW
+    }
     return start, inputs._replace(**rows)
 
 
@@ -317,11 +346,6 @@ def _flat(points: jax.Array) -> jax.Array:
 def _values(x: IPAInputs) -> jax.Array:
     """Scalar and point values side by side, [Nk, H, Cv + Pv*3]."""
     return jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
-
-
-def _widen(inputs: IPAInputs) -> IPAInputs:
-    """Every array in float32, or float64 if any is."""
-    return IPAInputs(*(a.astype(inputs.logits_dtype) for a in inputs))
 
 
 def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
