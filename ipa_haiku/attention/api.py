@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 
-from ipa_haiku.attention import reference, xla
+from ipa_haiku.attention import reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
+from ipa_haiku.pair import StructuredPair
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
@@ -36,6 +37,7 @@ def select_implementation(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    dense_pair: bool = True,
 ) -> Selection:
     """Tells which implementation would run for attention weights of such a shape.
 
@@ -45,6 +47,8 @@ def select_implementation(
       query_block: as in `invariant_point_attention`.
       memory_budget: as in `invariant_point_attention`.
       return_attention: as in `invariant_point_attention`.
+      dense_pair: whether `inputs_2d` is an array. If it is a structured pair or None, 'xla' always
+        goes through blocks of queries and keys.
 
     Returns:
       `Selection` of the implementation, the number of query rows at a time, and the reason.
@@ -78,8 +82,14 @@ def select_implementation(
         return Selection("reference", None, "asked for by name")
 
     reason = "exact and fast on every device" if implementation is None else "asked for by name"
+    *batch, num_head, num_query, num_key = shape
+    block = None  # all rows
+    if not dense_pair:
+        reason += "; in blocks of queries and keys, as inputs_2d is no array"
+        num_key = min(num_key, streaming.KEY_BLOCK)
+        num_query = block = min(num_query, streaming.QUERY_BLOCK)
     if query_block is None:
-        *batch, num_head, num_query, num_key = shape
+        query_block = block
         bytes_per_row = _NUM_TEMPORARY * 4 * num_head * num_key * math.prod(batch)
         if bytes_per_row * num_query > memory_budget:
             query_block = max(memory_budget // bytes_per_row, 1)
@@ -94,9 +104,9 @@ def invariant_point_attention(
     q_point: jax.Array,
     k_point: jax.Array,
     v_point: jax.Array,
-    inputs_2d: jax.Array,
-    pair_weights: jax.Array,
-    pair_bias: jax.Array,
+    inputs_2d: jax.Array | StructuredPair | None,
+    pair_weights: jax.Array | None,
+    pair_bias: jax.Array | None,
     point_weights: jax.Array,
     q_mask: jax.Array,
     k_mask: jax.Array,
@@ -121,9 +131,10 @@ def invariant_point_attention(
       q_point: [..., Nq, H, P, 3] query points in the global frame, in the unit of the translations.
       k_point: [..., Nk, H, P, 3] key points in the global frame.
       v_point: [..., Nk, H, Pv, 3] value points in the global frame.
-      inputs_2d: [..., Nq, Nk, C_z] pair representation z.
-      pair_weights: [C_z, H] weights W of the pair bias.
-      pair_bias: [H] bias b of the pair bias.
+      inputs_2d: [..., Nq, Nk, C_z] pair representation z, or a `FactorizedPair` or
+        `RelativePositionPair` that stands for one, or None for none.
+      pair_weights: [C_z, H] weights W of the pair bias; None without `inputs_2d`.
+      pair_bias: [H] bias b of the pair bias; None without `inputs_2d`.
       point_weights: [H] weight of squared distances, after softplus and scaling.
       q_mask: [..., Nq] 1 where a query is real.
       k_mask: [..., Nk] 1 where a key is real.
@@ -140,12 +151,12 @@ def invariant_point_attention(
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
-      [..., Nq, H, C_z], and `attention` (None unless asked for).
+      [..., Nq, H, C_z] (None without `inputs_2d`), and `attention` (None unless asked for).
 
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
-      ValueError: if there is no such implementation.
+      ValueError: if there is no such implementation, or there are pair weights without `inputs_2d`.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     inputs = IPAInputs(
@@ -153,12 +164,14 @@ def invariant_point_attention(
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
     )  # fmt: skip
     check_inputs(inputs)
+    dense_pair = inputs_2d is not None and not isinstance(inputs_2d, StructuredPair)
     selection = select_implementation(
         (*q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
         implementation=implementation,
         query_block=query_block,
         memory_budget=memory_budget,
         return_attention=return_attention,
+        dense_pair=dense_pair,
     )
     options = (
         {"return_attention": return_attention}
@@ -166,4 +179,6 @@ def invariant_point_attention(
         else {"query_block": selection.query_block}
     )
     attend = IMPLEMENTATIONS[selection.implementation]
+    if selection.implementation == "xla" and not dense_pair:
+        attend = streaming.attend
     return attend(inputs, logit_scales, precision=precision, **options)

@@ -7,13 +7,19 @@ Shape letters, here and in the implementations:
     H    heads                                C   scalar channels of queries and keys
     Cv   scalar channels of values            P   points of queries and keys
     Pv   points of values                     C_z channels of `inputs_2d`
+
+`inputs_2d` is an array, a `FactorizedPair` or `RelativePositionPair` that stands for one, or None
+(then `pair_weights` and `pair_bias` are None, too).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from ipa_haiku.pair import RelativePositionPair, StructuredPair
 
 # What every logit loses where query or key is masked (AF2's constant). It is large enough that
 # exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
@@ -41,9 +47,9 @@ class IPAInputs(NamedTuple):
     q_point: jax.Array  # [..., Nq, H, P, 3] global frame
     k_point: jax.Array  # [..., Nk, H, P, 3] global frame
     v_point: jax.Array  # [..., Nk, H, Pv, 3] global frame
-    inputs_2d: jax.Array  # [..., Nq, Nk, C_z]
-    pair_weights: jax.Array  # [C_z, H]
-    pair_bias: jax.Array  # [H]
+    inputs_2d: jax.Array | StructuredPair | None  # [..., Nq, Nk, C_z]
+    pair_weights: jax.Array | None  # [C_z, H]
+    pair_bias: jax.Array | None  # [H]
     point_weights: jax.Array  # [H] softplus'ed and scaled
     q_mask: jax.Array  # [..., Nq]
     k_mask: jax.Array  # [..., Nk]
@@ -66,7 +72,7 @@ class IPAInputs(NamedTuple):
     @property
     def logits_dtype(self) -> jnp.dtype:
         """float32, or float64 if any argument is: of points, logits and softmax statistics."""
-        return jnp.result_type(jnp.float32, *self)
+        return jnp.result_type(jnp.float32, *jax.tree.leaves(self))
 
 
 class AttentionTerms(NamedTuple):
@@ -78,7 +84,7 @@ class AttentionTerms(NamedTuple):
     weights: jax.Array
     scalar_logits: jax.Array
     point_logits: jax.Array
-    pair_logits: jax.Array
+    pair_logits: jax.Array | None  # None without inputs_2d
 
 
 class IPAOutput(NamedTuple):
@@ -86,7 +92,7 @@ class IPAOutput(NamedTuple):
 
     scalar: jax.Array  # [..., Nq, H, Cv], dtype of v_scalar
     point: jax.Array  # [..., Nq, H, Pv, 3] global frame, float32 (float64 if any argument is)
-    pair: jax.Array  # [..., Nq, H, C_z], dtype of inputs_2d
+    pair: jax.Array | None  # [..., Nq, H, C_z], dtype of inputs_2d; None without it
     attention: AttentionTerms | None = None
 
 
@@ -118,6 +124,18 @@ def assert_floating(name: str, x: jax.Array) -> None:
     chex.assert_type(x, float, custom_message=f"{name} must be floating-point, got {x.dtype}")
 
 
+def assert_integer(name: str, x: jax.Array) -> None:
+    """Asserts that `x` is an array of integers, naming the argument.
+
+    Raises:
+      TypeError: if it is not an array.
+      AssertionError: if its dtype is not an integer one.
+    """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    chex.assert_type(x, int, custom_message=f"{name} must be integers, got {x.dtype}")
+
+
 def assert_shape(name: str, x: jax.Array, axes: str, expected: tuple) -> None:
     """Asserts `x.shape == expected` (None matches any size), naming the argument and its axes.
 
@@ -136,20 +154,55 @@ def check_inputs(inputs: IPAInputs) -> None:
 
     Raises:
       TypeError: if an argument is not an array.
+      ValueError: if there are pair weights for no pair representation.
       AssertionError: naming the first argument that does not fit, its axes and both shapes.
     """
     sizes: dict[str, int] = {"3": 3}
     batch: tuple[int, ...] | None = None
-    for name, x in inputs._asdict().items():
-        assert_floating(name, x)
-        batched, *axes = _AXES[name].split() if "..." in _AXES[name] else ("", *_AXES[name].split())
+    for name, x, all_axes in _named_arrays(inputs):
+        if name in _INTEGER:
+            assert_integer(name, x)
+        else:
+            assert_floating(name, x)
+        batched, *axes = all_axes.split() if "..." in all_axes else ("", *all_axes.split())
         if batched and batch is None:
             batch = x.shape[: max(x.ndim - len(axes), 0)]
         expected = (batch or ()) * bool(batched) + tuple(sizes.get(axis) for axis in axes)
-        assert_shape(name, x, _AXES[name], expected)
+        assert_shape(name, x, all_axes, expected)
         if 0 in x.shape:
-            raise AssertionError(f"{name} [{_AXES[name]}] must not be empty, got shape {x.shape}.")
+            raise AssertionError(f"{name} [{all_axes}] must not be empty, got shape {x.shape}.")
         sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))
+    if isinstance(inputs.inputs_2d, RelativePositionPair):
+        check_table(inputs.inputs_2d)
+
+
+_INTEGER = ("inputs_2d.q_index", "inputs_2d.k_index")
+
+
+def _named_arrays(inputs: IPAInputs) -> Iterator[tuple[str, jax.Array, str]]:
+    """Yields name, array and axes of every argument, and of the parts of a structured pair."""
+    for name, x in inputs._asdict().items():
+        if isinstance(x, StructuredPair):
+            for part, axes in x.AXES.items():
+                yield f"{name}.{part}", getattr(x, part), axes
+        elif inputs.inputs_2d is None and name in ("inputs_2d", "pair_weights", "pair_bias"):
+            if x is not None:
+                raise ValueError(f"{name} must be None, as inputs_2d is, got {type(x).__name__}.")
+        else:
+            yield name, x, _AXES[name]
+
+
+def check_table(pair: RelativePositionPair) -> None:
+    """Asserts that there are as many relative positions to the left as to the right.
+
+    Raises:
+      AssertionError: if the table has an even number of rows.
+    """
+    if pair.table.shape[0] % 2 == 0:
+        raise AssertionError(
+            "inputs_2d.table must have 2 * max_distance + 1 rows, an odd number, got shape "
+            f"{pair.table.shape}."
+        )
 
 
 def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:

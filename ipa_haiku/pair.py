@@ -1,0 +1,97 @@
+"""Pair representations that are not an [N, N, C_z] array, exact, for long sequences.
+
+Either goes where `inputs_2d` goes, to `invariant_point_attention` and to the modules, and takes the
+memory that its own arrays take: neither the [N, N, C_z] array that it stands for nor any other
+array of N * N numbers is formed.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorizedPair:
+    """z_ij = sum_r left_ir * right_jr, channel by channel: a pair representation of rank R.
+
+    Attributes:
+      left: [..., Nq, R, C_z] factors of the queries (rows of z), floating-point.
+      right: [..., Nk, R, C_z] factors of the keys (columns of z), floating-point.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+    AXES: ClassVar[dict[str, str]] = {"left": "... Nq R C_z", "right": "... Nk R C_z"}
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of `to_dense`."""
+        return jnp.result_type(self.left, self.right)
+
+    @property
+    def num_channel(self) -> int:
+        """C_z."""
+        return self.left.shape[-1]
+
+    def to_dense(self) -> jax.Array:
+        """The array z [..., Nq, Nk, C_z] that this stands for; summed in float32 or wider."""
+        wide = jnp.result_type(jnp.float32, self.dtype)
+        left, right = self.left.astype(wide), self.right.astype(wide)
+        # One rank after the other, as a sum of products and not as a matmul: exact on every device.
+        z = sum(
+            left[..., :, None, r, :] * right[..., None, :, r, :] for r in range(left.shape[-2])
+        )
+        return z.astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RelativePositionPair:
+    """z_ij = table[clip(k_index_j - q_index_i, -m, m) + m] with m = `max_distance`.
+
+    The indices are AF2's `residue_index` or any other numbering: gaps in the numbering of a chain
+    count, and a large jump between two chains sets them m apart.
+
+    Attributes:
+      table: [2 * m + 1, C_z] one row for each relative position, floating-point.
+      q_index: [..., Nq] integer positions of the queries (rows of z).
+      k_index: [..., Nk] integer positions of the keys (columns of z).
+    """
+
+    table: jax.Array
+    q_index: jax.Array
+    k_index: jax.Array
+
+    AXES: ClassVar[dict[str, str]] = {
+        "table": "2*max_distance+1 C_z",
+        "q_index": "... Nq",
+        "k_index": "... Nk",
+    }
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of `to_dense`."""
+        return self.table.dtype
+
+    @property
+    def num_channel(self) -> int:
+        """C_z."""
+        return self.table.shape[-1]
+
+    def to_dense(self) -> jax.Array:
+        """The array z [..., Nq, Nk, C_z] that this stands for."""
+        return self.table[rows_of_table(self.q_index, self.k_index, self.table.shape[0])]
+
+
+StructuredPair = FactorizedPair | RelativePositionPair
+
+
+def rows_of_table(q_index: jax.Array, k_index: jax.Array, num_rows: int) -> jax.Array:
+    """Row of a `RelativePositionPair.table` for each pair: [..., Nq], [..., Nk] to [..., Nq, Nk]."""
+    max_distance = num_rows // 2
+    distance = k_index[..., None, :] - q_index[..., :, None]
+    return jnp.clip(distance, -max_distance, max_distance) + max_distance
