@@ -33,19 +33,18 @@ class FactorizedPair:
         return jnp.result_type(self.left, self.right)
 
     @property
-    def num_channel(self) -> int:
-        """C_z."""
-        return self.left.shape[-1]
+    def shape(self) -> tuple[int, ...]:
+        """That of `to_dense`, [..., Nq, Nk, C_z]."""
+        *batch, num_query, _, num_channel = self.left.shape
+        return (*batch, num_query, self.right.shape[-3], num_channel)
 
     def to_dense(self) -> jax.Array:
         """The array z [..., Nq, Nk, C_z] that this stands for; summed in float32 or wider."""
         wide = jnp.result_type(jnp.float32, self.dtype)
         left, right = self.left.astype(wide), self.right.astype(wide)
-        # One rank after the other, as a sum of products and not as a matmul: exact on every device.
-        z = sum(
-            left[..., :, None, r, :] * right[..., None, :, r, :] for r in range(left.shape[-2])
-        )
-        return z.astype(self.dtype)
+        # A sum of products and not a matmul, which TF32 or bfloat16 units would round.
+        products = left[..., :, None, :, :] * right[..., None, :, :, :]
+        return jnp.sum(products, axis=-2).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +77,9 @@ class RelativePositionPair:
         return self.table.dtype
 
     @property
-    def num_channel(self) -> int:
-        """C_z."""
-        return self.table.shape[-1]
+    def shape(self) -> tuple[int, ...]:
+        """That of `to_dense`, [..., Nq, Nk, C_z]."""
+        return (*self.q_index.shape, self.k_index.shape[-1], self.table.shape[-1])
 
     def to_dense(self) -> jax.Array:
         """The array z [..., Nq, Nk, C_z] that this stands for."""
@@ -90,8 +89,13 @@ class RelativePositionPair:
 StructuredPair = FactorizedPair | RelativePositionPair
 
 
+def is_dense(inputs_2d: jax.Array | StructuredPair | None) -> bool:
+    """Whether a pair representation is an [N, N, C_z] array, neither structured nor absent."""
+    return inputs_2d is not None and not isinstance(inputs_2d, StructuredPair)
+
+
 def rows_of_table(q_index: jax.Array, k_index: jax.Array, num_rows: int) -> jax.Array:
-    """Row of a `RelativePositionPair.table` for each pair: [..., Nq], [..., Nk] to [..., Nq, Nk]."""
+    """Row of `RelativePositionPair.table` for all pairs of [..., Nq] and [..., Nk] positions."""
     max_distance = num_rows // 2
     distance = k_index[..., None, :] - q_index[..., :, None]
     return jnp.clip(distance, -max_distance, max_distance) + max_distance

@@ -8,7 +8,7 @@ import jax
 
 from ipa_haiku.attention import reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
-from ipa_haiku.pair import StructuredPair
+from ipa_haiku.pair import StructuredPair, is_dense
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
@@ -164,14 +164,13 @@ def invariant_point_attention(
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
     )  # fmt: skip
     check_inputs(inputs)
-    dense_pair = inputs_2d is not None and not isinstance(inputs_2d, StructuredPair)
     selection = select_implementation(
         (*q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
         implementation=implementation,
         query_block=query_block,
         memory_budget=memory_budget,
         return_attention=return_attention,
-        dense_pair=dense_pair,
+        dense_pair=is_dense(inputs_2d),
     )
     options = (
         {"return_attention": return_attention}
@@ -179,6 +178,6 @@ def invariant_point_attention(
         else {"query_block": selection.query_block}
     )
     attend = IMPLEMENTATIONS[selection.implementation]
-    if selection.implementation == "xla" and not dense_pair:
+    if selection.implementation == "xla" and not is_dense(inputs_2d):
         attend = streaming.attend
     return attend(inputs, logit_scales, precision=precision, **options)

@@ -12,14 +12,13 @@ Shape letters, here and in the implementations:
 (then `pair_weights` and `pair_bias` are None, too).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from ipa_haiku.pair import RelativePositionPair, StructuredPair
+from ipa_haiku.pair import StructuredPair
 
 # What every logit loses where query or key is masked (AF2's constant). It is large enough that
 # exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
@@ -47,9 +46,9 @@ class IPAInputs(NamedTuple):
     q_point: jax.Array  # [..., Nq, H, P, 3] global frame
     k_point: jax.Array  # [..., Nk, H, P, 3] global frame
     v_point: jax.Array  # [..., Nk, H, Pv, 3] global frame
-    inputs_2d: jax.Array | StructuredPair | None  # [..., Nq, Nk, C_z]
-    pair_weights: jax.Array | None  # [C_z, H]
-    pair_bias: jax.Array | None  # [H]
+    inputs_2d: Any  # [..., Nq, Nk, C_z], `StructuredPair` or None
+    pair_weights: Any  # [C_z, H], or None
+    pair_bias: Any  # [H], or None
     point_weights: jax.Array  # [H] softplus'ed and scaled
     q_mask: jax.Array  # [..., Nq]
     k_mask: jax.Array  # [..., Nk]
@@ -92,7 +91,7 @@ class IPAOutput(NamedTuple):
 
     scalar: jax.Array  # [..., Nq, H, Cv], dtype of v_scalar
     point: jax.Array  # [..., Nq, H, Pv, 3] global frame, float32 (float64 if any argument is)
-    pair: jax.Array | None  # [..., Nq, H, C_z], dtype of inputs_2d; None without it
+    pair: Any  # [..., Nq, H, C_z], dtype of inputs_2d; None without it
     attention: AttentionTerms | None = None
 
 
@@ -157,13 +156,40 @@ def check_inputs(inputs: IPAInputs) -> None:
       ValueError: if there are pair weights for no pair representation.
       AssertionError: naming the first argument that does not fit, its axes and both shapes.
     """
-    sizes: dict[str, int] = {"3": 3}
-    batch: tuple[int, ...] | None = None
-    for name, x, all_axes in _named_arrays(inputs):
-        if name in _INTEGER:
-            assert_integer(name, x)
+    arrays: list[tuple[str, jax.Array, str]] = []
+    for name, x in inputs._asdict().items():
+        if isinstance(x, StructuredPair):
+            arrays += _parts(x)
+        elif inputs.inputs_2d is None and name in ("inputs_2d", "pair_weights", "pair_bias"):
+            if x is not None:
+                raise ValueError(f"{name} must be None, as inputs_2d is, got {type(x).__name__}.")
         else:
-            assert_floating(name, x)
+            arrays.append((name, x, _AXES[name]))
+    _check_arrays(arrays, None, {})
+
+
+def check_pair(pair: StructuredPair, batch: tuple[int, ...], num_query: int, num_key: int) -> None:
+    """Asserts that a structured pair fits `batch` dimensions and the numbers of residues.
+
+    Raises:
+      TypeError: if a part is not an array.
+      AssertionError: naming the part that does not fit, its axes and both shapes.
+    """
+    _check_arrays(_parts(pair), batch, {"Nq": num_query, "Nk": num_key})
+
+
+def _parts(pair: StructuredPair) -> list[tuple[str, jax.Array, str]]:
+    """Name, array and axes of the parts of `inputs_2d`."""
+    return [(f"inputs_2d.{part}", getattr(pair, part), axes) for part, axes in pair.AXES.items()]
+
+
+def _check_arrays(
+    arrays: list[tuple[str, jax.Array, str]], batch: tuple[int, ...] | None, known: dict[str, int]
+) -> None:
+    """Checks arrays by name and axes; `batch` and `known` sizes, if any, are those of all."""
+    sizes = {"3": 3} | known
+    for name, x, all_axes in arrays:
+        (assert_integer if name.endswith("_index") else assert_floating)(name, x)
         batched, *axes = all_axes.split() if "..." in all_axes else ("", *all_axes.split())
         if batched and batch is None:
             batch = x.shape[: max(x.ndim - len(axes), 0)]
@@ -171,38 +197,9 @@ def check_inputs(inputs: IPAInputs) -> None:
         assert_shape(name, x, all_axes, expected)
         if 0 in x.shape:
             raise AssertionError(f"{name} [{all_axes}] must not be empty, got shape {x.shape}.")
+        if name.endswith(".table") and x.shape[0] % 2 == 0:
+            raise AssertionError(f"{name} must have an odd number of rows, got shape {x.shape}.")
         sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))
-    if isinstance(inputs.inputs_2d, RelativePositionPair):
-        check_table(inputs.inputs_2d)
-
-
-_INTEGER = ("inputs_2d.q_index", "inputs_2d.k_index")
-
-
-def _named_arrays(inputs: IPAInputs) -> Iterator[tuple[str, jax.Array, str]]:
-    """Yields name, array and axes of every argument, and of the parts of a structured pair."""
-    for name, x in inputs._asdict().items():
-        if isinstance(x, StructuredPair):
-            for part, axes in x.AXES.items():
-                yield f"{name}.{part}", getattr(x, part), axes
-        elif inputs.inputs_2d is None and name in ("inputs_2d", "pair_weights", "pair_bias"):
-            if x is not None:
-                raise ValueError(f"{name} must be None, as inputs_2d is, got {type(x).__name__}.")
-        else:
-            yield name, x, _AXES[name]
-
-
-def check_table(pair: RelativePositionPair) -> None:
-    """Asserts that there are as many relative positions to the left as to the right.
-
-    Raises:
-      AssertionError: if the table has an even number of rows.
-    """
-    if pair.table.shape[0] % 2 == 0:
-        raise AssertionError(
-            "inputs_2d.table must have 2 * max_distance + 1 rows, an odd number, got shape "
-            f"{pair.table.shape}."
-        )
 
 
 def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ gradient is written by hand.
 The pair term never meets C_z channels of a pair. With z_ij = sum_r left_ir right_jr, bias and
 output of head h are products with the factors of the keys, which all heads share:
 
-    (z W)_ijh = sum_rc (left_irc W_ch) right_jrc      pair_ihc = sum_r left_irc sum_j a_hij right_jrc
+    (z W)_ijh = sum_rc (left_irc W_ch) right_jrc
+    pair_ihc = sum_r left_irc (sum_j a_hij right_jrc)
 
 Relative positions are such a product, too: right_j becomes the one-hot row of the table that
 stands for (i, j), made for one block at a time, and left_i W becomes table W. `_features` is the
@@ -49,8 +50,8 @@ class _Queries(NamedTuple):
 
     scalar: jax.Array  # [blocks, H, q, C] scaled
     point: jax.Array  # [blocks, H, q, P*3]
-    pair: jax.Array | None  # [blocks, H, q, f] scaled; what multiplies the pair features
-    index: jax.Array | None  # [blocks, q] positions, of relative positions
+    pair: Any  # [blocks, H, q, f] scaled; what multiplies the pair features
+    position: Any  # [blocks, q] positions, of relative positions
     mask: jax.Array  # [blocks, q]
 
 
@@ -60,8 +61,8 @@ class _Keys(NamedTuple):
     scalar: jax.Array  # [blocks, H, k, C]
     point: jax.Array  # [blocks, H, k, P*3]
     value: jax.Array  # [blocks, H, k, Cv+Pv*3]
-    pair: jax.Array | None  # [blocks, k, f] pair features, of factors
-    index: jax.Array | None  # [blocks, k] positions, of relative positions
+    pair: Any  # [blocks, k, f] pair features, of factors
+    position: Any  # [blocks, k] positions, of relative positions
     mask: jax.Array  # [blocks, k]
     exists: jax.Array  # [blocks, k] False where a block is longer than what is left of the keys
 
@@ -70,7 +71,7 @@ class _Result(NamedTuple):
     """Attention-weighted sums over keys, for blocks of queries."""
 
     value: jax.Array  # [blocks, H, q, Cv+Pv*3]
-    pair: jax.Array | None  # [blocks, H, q, f]
+    pair: Any  # [blocks, H, q, f]
 
 
 class _Statistics(NamedTuple):
@@ -86,7 +87,6 @@ def attend(
     *,
     precision: jax.lax.PrecisionLike = None,
     query_block: int | None = None,
-    key_block: int | None = None,
 ) -> IPAOutput:
     """Invariant point attention for structured pair representations, or none.
 
@@ -95,7 +95,6 @@ def attend(
       scales: static factors of the logit terms.
       precision: of the matrix products over scalar and pair channels.
       query_block: how many queries to process at a time; None for `QUERY_BLOCK`.
-      key_block: how many keys to process at a time; None for `KEY_BLOCK`.
 
     Returns:
       `IPAOutput` without attention weights.
@@ -113,7 +112,6 @@ def attend(
         _attend_one,
         _Static(scales, precision),
         query_block or QUERY_BLOCK,
-        key_block or KEY_BLOCK,
     )
     for _ in range(inputs.q_mask.ndim - 1):
         attend_batch = jax.vmap(attend_batch, in_axes=(_batch_axes(inputs),))
@@ -137,15 +135,13 @@ def _batch_axes(inputs: IPAInputs) -> Any:
     return IPAInputs(**axes)
 
 
-def _attend_one(
-    static: _Static, query_block: int, key_block: int, inputs: IPAInputs
-) -> IPAOutput:
+def _attend_one(static: _Static, query_block: int, inputs: IPAInputs) -> IPAOutput:
     """The attention of one protein: inputs to blocks, and results back."""
     x = jax.tree.map(
         lambda a: a.astype(inputs.logits_dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
         inputs,
     )
-    queries, keys = _queries(static, x, query_block), _keys(x, key_block)
+    queries, keys = _queries(static, x, query_block), _keys(x, KEY_BLOCK)
     result = _attend(static, queries, keys, x.point_weights)
     value, features = jax.tree.map(lambda a: _from_blocks(a, x.num_query), result)
     scalar, point = jnp.split(value, [x.v_scalar.shape[-1]], axis=-1)
@@ -157,7 +153,8 @@ def _attend_one(
 
 
 def _queries(static: _Static, x: IPAInputs, block: int) -> _Queries:
-    pair, index = None, None
+    pair: Any = None
+    position = None
     if x.pair_weights is not None:
         weights = static.scales.pair * x.pair_weights  # [C_z, H]
         if isinstance(x.inputs_2d, FactorizedPair):
@@ -166,37 +163,37 @@ def _queries(static: _Static, x: IPAInputs, block: int) -> _Queries:
         elif isinstance(x.inputs_2d, RelativePositionPair):
             pair = jnp.matmul(x.inputs_2d.table, weights, precision=static.precision).T
             pair = jnp.broadcast_to(pair, (x.num_query, *pair.shape))
-            index = _to_blocks(x.inputs_2d.q_index, block)
+            position = _to_blocks(x.inputs_2d.q_index, block)
         pair = _to_blocks_of_heads(pair, block)
     return _Queries(
         scalar=_to_blocks_of_heads(static.scales.scalar * x.q_scalar, block),
         point=_to_blocks_of_heads(_flat(x.q_point), block),
         pair=pair,
-        index=index,
+        position=position,
         mask=_to_blocks(x.q_mask, block),
     )
 
 
 def _keys(x: IPAInputs, block: int) -> _Keys:
-    pair, index = None, None
+    pair, position = None, None
     if isinstance(x.inputs_2d, FactorizedPair):
         pair = _to_blocks(x.inputs_2d.right.reshape(x.num_key, -1), block)
     elif isinstance(x.inputs_2d, RelativePositionPair):
-        index = _to_blocks(x.inputs_2d.k_index, block)
+        position = _to_blocks(x.inputs_2d.k_index, block)
     values = jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
     return _Keys(
         scalar=_to_blocks_of_heads(x.k_scalar, block),
         point=_to_blocks_of_heads(_flat(x.k_point), block),
         value=_to_blocks_of_heads(values, block),
         pair=pair,
-        index=index,
+        position=position,
         mask=_to_blocks(x.k_mask, block),
         exists=_to_blocks(jnp.ones(x.num_key, bool), block),
     )
 
 
 def _pair_output(
-    static: _Static, x: IPAInputs, features: jax.Array | None, inputs: IPAInputs
+    static: _Static, x: IPAInputs, features: Any, inputs: IPAInputs
 ) -> jax.Array | None:
     """Pair output [Nq, H, C_z] from attention-weighted sums of pair features [Nq, H, f]."""
     if isinstance(x.inputs_2d, FactorizedPair):
@@ -210,9 +207,7 @@ def _pair_output(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    static: _Static, queries: _Queries, keys: _Keys, point_weights: jax.Array
-) -> _Result:
+def _attend(static: _Static, queries: _Queries, keys: _Keys, point_weights: jax.Array) -> _Result:
     return _attend_fwd(static, queries, keys, point_weights)[0]
 
 
@@ -269,10 +264,10 @@ def _logits(static: _Static, q: _Queries, k: _Keys, point_weights: jax.Array) ->
 
 def _features(q: _Queries, k: _Keys) -> tuple[jax.Array, str]:
     """Pair features of a block, and their axes: [k, f] of factors, [q, k, f] of positions."""
-    if q.index is None:
+    if q.position is None:
         return k.pair, "kf"
     num_rows = q.pair.shape[-1]
-    rows = rows_of_table(q.index, k.index, num_rows)
+    rows = rows_of_table(q.position, k.position, num_rows)
     return jax.nn.one_hot(rows, num_rows, dtype=q.pair.dtype), "qkf"
 
 
@@ -290,7 +285,7 @@ class _QuerySums(NamedTuple):
     """What the gradient of a block of queries is made of: sums over keys."""
 
     key: jax.Array  # [blocks, H, q, C+P*3+1] of dlogits * (scalar, point, 1)
-    pair: jax.Array | None  # [blocks, H, q, f] of dlogits * features
+    pair: Any  # [blocks, H, q, f] of dlogits * features
 
 
 class _KeySums(NamedTuple):
@@ -298,7 +293,7 @@ class _KeySums(NamedTuple):
 
     query: jax.Array  # [blocks, H, k, C+P*3+1] of dlogits * (scalar, point, 1)
     value: jax.Array  # [blocks, H, k, Cv+Pv*3] of attention * d(value)
-    pair: jax.Array | None  # [blocks, k, f], of factors
+    pair: Any  # [blocks, k, f], of factors
 
 
 def _attend_bwd(
@@ -320,9 +315,7 @@ def _attend_bwd(
         query_sums, more = jax.lax.scan(step, empty, keys)
         return jax.tree.map(jnp.add, key_sums, more), query_sums
 
-    empty = _KeySums(
-        *jax.tree.map(jnp.zeros_like, (_with_one(keys), keys.value, keys.pair))
-    )
+    empty = _KeySums(*jax.tree.map(jnp.zeros_like, (_with_one(keys), keys.value, keys.pair)))
     blocks = (queries, statistics, delta, cotangent)
     key_sums, query_sums = jax.lax.scan(rows, empty, blocks)
     return _gradients(queries, keys, point_weights, query_sums, key_sums)
@@ -339,9 +332,7 @@ def _backward_block(
     dattention = jnp.einsum("hqc,hkc->hqk", cotangent.value, k.value, precision=_HIGHEST)
     if q.pair is not None:
         features, axes = _features(q, k)
-        dattention += jnp.einsum(
-            f"hqf,{axes}->hqk", cotangent.pair, features, precision=precision
-        )
+        dattention += jnp.einsum(f"hqf,{axes}->hqk", cotangent.pair, features, precision=precision)
     dlogits = static.scales.total * attention * (dattention - delta[..., None])
 
     query_pair, key_pair = None, None
@@ -386,9 +377,9 @@ def _gradients(
         jnp.sum(queries.point * to_q, (0, 2, 3)) + jnp.sum(keys.point * to_k, (0, 2, 3))
     )
     none: Any = None
-    dqueries = _Queries(dq_scalar, w * to_q, query_sums.pair, index=none, mask=none)
+    dqueries = _Queries(dq_scalar, w * to_q, query_sums.pair, position=none, mask=none)
     dkeys = _Keys(
-        dk_scalar, w * to_k, key_sums.value, key_sums.pair, index=none, mask=none, exists=none
+        dk_scalar, w * to_k, key_sums.value, key_sums.pair, position=none, mask=none, exists=none
     )
     return dqueries, dkeys, dpoint_weights
 
