@@ -6,6 +6,7 @@ array of N * N numbers is formed.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -42,9 +43,12 @@ class FactorizedPair:
         """The array z [..., Nq, Nk, C_z] that this stands for; summed in float32 or wider."""
         wide = jnp.result_type(jnp.float32, self.dtype)
         left, right = self.left.astype(wide), self.right.astype(wide)
-        # A sum of products and not a matmul, which TF32 or bfloat16 units would round.
-        products = left[..., :, None, :, :] * right[..., None, :, :, :]
-        return jnp.sum(products, axis=-2).astype(self.dtype)
+        # Products and a sum, not a matmul, which TF32 or bfloat16 units would round; rank by rank,
+        # as one array [..., Nq, Nk, R, C_z] with three batch dimensions, differentiated, makes
+        # XLA:CPU of jaxlib 0.10.2 crash.
+        ranks = range(left.shape[-2])
+        products = [left[..., :, None, r, :] * right[..., None, :, r, :] for r in ranks]
+        return functools.reduce(jnp.add, products).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
