@@ -138,8 +138,8 @@ def _compile_all(target_name: str, bench: Bench) -> list[CostRow]:
     from benchmarks import candidates
     from benchmarks.peers import Checkouts, Missing, load_peer
 
-    model = Model.from_name(bench.model)
-    field = [candidates.ours("module", model, name) for name in bench.implementations]
+    model = bench.sized_model()
+    field = candidates.all_ours("module", model, bench.implementations)
     for name in ("alphafold", "alphafold_multimer"):
         if name in bench.peers:
             peer = load_peer(name, "module", model, Checkouts())
