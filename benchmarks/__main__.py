@@ -84,6 +84,10 @@ def _parser() -> _Parser:
     sweep.add_argument(
         "--dtype", metavar="TYPE", help="of activations and weights: float32, bfloat16"
     )
+    sweep.add_argument(
+        "--pair-rank", metavar="R", type=int,
+        help="give inputs_2d as factors of rank R; 0: as an array",
+    )  # fmt: skip
     sweep.add_argument("--repeats", metavar="R", type=int, help="timed samples of each row")
     sweep.add_argument("--seed", metavar="S", type=int, help="of inputs and weights")
     add(
@@ -120,7 +124,7 @@ def _bench(options: argparse.Namespace) -> Bench:
     names = ("model", "sizes", "implementations", "peers", "modes", "what", "dtype", "repeats")
     overrides: dict[str, Any] = {
         name: getattr(options, name)
-        for name in (*names, "seed")
+        for name in (*names, "pair_rank", "seed")
         if getattr(options, name) is not None
     }
     bench = Bench.from_toml(options.config, **overrides)

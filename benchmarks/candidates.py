@@ -146,6 +146,25 @@ def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
     return JaxCandidate(*_name_and_label(implementation), forward)
 
 
+def all_ours(what: str, model: Model, implementations: Sequence[str]) -> list[JaxCandidate]:
+    """`ours` by name; if `inputs_2d` comes as factors, each also on the array they stand for."""
+    found = [ours(what, model, name) for name in implementations]
+    return found + [_on_the_array(candidate) for candidate in found if model.pair_rank]
+
+
+def _on_the_array(candidate: JaxCandidate) -> JaxCandidate:
+    def forward(differentiable: dict[str, Any], constant: dict[str, Any]) -> Any:
+        dense = {"inputs_2d": differentiable["inputs_2d"].to_dense()}
+        return candidate.forward(differentiable | dense, constant)
+
+    return dataclasses.replace(
+        candidate,
+        name=f"{candidate.name}_array",
+        label=f"{candidate.label}, array",
+        forward=forward,
+    )
+
+
 def our_module(
     model: Model,
     implementation: str | None,

@@ -30,6 +30,7 @@ class Model:
       pair_channel: channels of `inputs_2d`, C_z.
       num_layer: iterations of the structure module.
       position_scale: Å in one unit of translation.
+      pair_rank: R of `inputs_2d` given as factors; 0 for an array.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     pair_channel: int
     num_layer: int
     position_scale: float
+    pair_rank: int = 0
 
     @classmethod
     def from_name(cls, name: str) -> Self:
@@ -67,6 +69,8 @@ class Bench:
         to parameters, inputs and frames.
       implementations: names in `ipa_haiku.attention.api.IMPLEMENTATIONS`.
       peers: of `PEERS`: other people's implementations.
+      pair_rank: 0 to give `inputs_2d` as an array; R to give it as factors of rank R, with each of
+        `implementations` measured twice: on the factors, and on the array multiplied out of them.
       dtype: of activations and weights; frames are always float32.
       repeats: timed samples of each row.
       min_sample_ms: calls shorter than this are repeated within a sample.
@@ -84,6 +88,7 @@ class Bench:
     modes: tuple[str, ...] = MODES
     implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
     peers: tuple[str, ...] = ("alphafold",)
+    pair_rank: int = 0
     dtype: str = "float32"
     repeats: int = 10
     min_sample_ms: float = 1.0
@@ -98,6 +103,7 @@ class Bench:
             object.__setattr__(self, name, tuple(values))
         _check_counts("sizes", self.sizes)
         _check_counts("repeats", [self.repeats])
+        _check_counts("pair_rank", [self.pair_rank], least=0)
         _check_counts("float64_max_size", [self.float64_max_size], least=0)
         _check_counts("seed", [self.seed], least=0)
         if not isinstance(self.min_sample_ms, int | float) or self.min_sample_ms < 0:
@@ -116,8 +122,16 @@ class Bench:
             )
         if "structure_module" in self.what and self.dtype != "float32":
             raise ValueError("dtype: AlphaFold 2's structure module takes float32 only.")
+        if self.pair_rank and (self.peers or "structure_module" in self.what):
+            raise ValueError(
+                "pair_rank: must be 0 with peers or the structure module, which take arrays only."
+            )
         if not self.implementations and not self.peers:
             raise ValueError("implementations: there is nothing to measure, and no peers either.")
+
+    def sized_model(self) -> Model:
+        """The model of that name, with the pair representation as it is given here."""
+        return dataclasses.replace(Model.from_name(self.model), pair_rank=self.pair_rank)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:

@@ -67,7 +67,8 @@ class CostRow:
       mode: of `cases.MODES`.
       label: of the implementation.
       temp_bytes: memory for intermediate results.
-      traffic: bytes that its kernels read and write, over one read of `inputs_2d`.
+      traffic: bytes that its kernels read and write, over one read of `inputs_2d`; None for
+        factors.
       note: why there are no numbers.
     """
 
@@ -138,8 +139,8 @@ def _compile_all(target_name: str, bench: Bench) -> list[CostRow]:
     from benchmarks import candidates
     from benchmarks.peers import Checkouts, Missing, load_peer
 
-    model = Model.from_name(bench.model)
-    field = [candidates.ours("module", model, name) for name in bench.implementations]
+    model = bench.sized_model()
+    field = candidates.all_ours("module", model, bench.implementations)
     for name in ("alphafold", "alphafold_multimer"):
         if name in bench.peers:
             peer = load_peer(name, "module", model, Checkouts())
@@ -181,13 +182,11 @@ def _compile(
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert hlo is not None
-    return CostRow(
-        n,
-        mode,
-        candidate.label,
-        memory.temp_size_in_bytes,
-        traffic_bytes(hlo) / roofline.pair_bytes(model, n, bench.dtype),
-    )
+    row = CostRow(n, mode, candidate.label, memory.temp_size_in_bytes)
+    if model.pair_rank:  # factors are small, and not what the traffic is about
+        return row
+    traffic = traffic_bytes(hlo) / roofline.pair_bytes(model, n, bench.dtype)
+    return dataclasses.replace(row, traffic=traffic)
 
 
 def _device(target_name: str) -> tuple[Any, Any]:

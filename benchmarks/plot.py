@@ -29,7 +29,8 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
 def figure(results: Results) -> Figure:
     """A row of panels for each part: time of each mode, and memory of the last mode.
 
-    Bands are quartiles. Only implementations that were timed appear.
+    Bands are quartiles. Only implementations that were timed appear; the memory of one that did
+    not fit is what XLA says.
 
     Raises:
       ValueError: if there is nothing to draw.
@@ -49,7 +50,8 @@ def figure(results: Results) -> Figure:
             rows = [row for row in timed if (row.what, row.mode) == (what, mode)]
             _draw_times(ax, rows, labels)
             ax.set_title(f"{_TITLES[what]}: {_MODE_TITLES[mode]}")
-        rows = [row for row in timed if (row.what, row.mode) == (what, modes[-1])]
+        # Also of what was compiled and then did not fit.
+        rows = [row for row in results.rows if (row.what, row.mode) == (what, modes[-1])]
         _draw_memory(axes[-1], rows, labels)
         axes[-1].set_title(f"{_TITLES[what]}: memory, {_MODE_TITLES[modes[-1]]}")
     handles: dict[str, Artist] = {}
@@ -105,7 +107,7 @@ def _draw_memory(ax: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
         line = [row for row in _of_label(rows, label) if row.temp_bytes]
         ax.plot(_column(line, "n"), _column(line, "temp_bytes") / 1e6, **_style(i), label=label)
     ax.set_ylabel("temporary memory (MB)")
-    _set_scales(ax, [row.n for row in rows])
+    _set_scales(ax, [row.n for row in rows if row.temp_bytes])
 
 
 def _of_label(rows: Sequence[Row], label: str) -> list[Row]:

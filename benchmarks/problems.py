@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.cases import Model
-from ipa_haiku import InvariantPointAttention, QuatAffine, rigid
+from ipa_haiku import FactorizedPair, InvariantPointAttention, QuatAffine, rigid
 from ipa_haiku.attention.base import LogitScales
 from ipa_haiku.testing import random_frames
 
@@ -68,7 +68,7 @@ def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
         "q_point": points(ipa.num_point_qk),
         "k_point": points(ipa.num_point_qk),
         "v_point": points(ipa.num_point_v),
-        "inputs_2d": normal(n, n, model.pair_channel),
+        "inputs_2d": _pair(model, n, dtype, next(keys)),
         # Together, as the gradient of the bias is zero but for rounding: softmax cancels it.
         "weights": {
             "pair_weights": normal(model.pair_channel, ipa.num_head) / model.pair_channel**0.5,
@@ -85,6 +85,15 @@ def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     return Problem(differentiable, {"mask": jnp.ones(n)}, cotangent)
 
 
+def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array | FactorizedPair:
+    """The pair representation of `model.pair_rank`; its elements have variance 1."""
+    if not model.pair_rank:
+        return jax.random.normal(key, (n, n, model.pair_channel), dtype)
+    shape = (2, n, model.pair_rank, model.pair_channel)
+    left, right = jax.random.normal(key, shape, dtype)
+    return FactorizedPair(left / model.pair_rank**0.5, right)
+
+
 def core_scales(model: Model) -> LogitScales:
     """The monomer's factors of the logit terms (Suppl. Alg. 22, line 7)."""
     return LogitScales(scalar=(3 * model.ipa.num_scalar_qk) ** -0.5, pair=3**-0.5)
@@ -96,7 +105,7 @@ def _module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     differentiable = {
         "parameters": module_parameters(model, dtype, keys[1]),
         "inputs_1d": jax.random.normal(keys[2], (n, model.single_channel), dtype),
-        "inputs_2d": jax.random.normal(keys[3], (n, n, model.pair_channel), dtype),
+        "inputs_2d": _pair(model, n, dtype, keys[3]),
         "affine": frames.to_tensor(),
     }
     cotangent = jax.random.normal(keys[4], (n, model.ipa.num_channel), dtype)

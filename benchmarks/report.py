@@ -136,9 +136,15 @@ def markdown(results: Results, source: str | None) -> str:
         f"Medians on {_machine_name(m)}; jax {versions['jax']}, {results.settings['dtype']}, "
         f"{results.date[:10]}. Errors are largest errors against float64 over the largest element; "
         "of a gradient, the worst of parameters, inputs and frames."
+        + _pair_note(results)
         + (f" Generated from `{source}`." if source else "")
     )
     return "\n\n".join(blocks)
+
+
+def _pair_note(results: Results) -> str:
+    rank = results.settings.get("pair_rank")
+    return f" `inputs_2d` is given as factors of rank {rank}." if rank else ""
 
 
 def _markdown_table(rows: Sequence[Row], what: str) -> str:

@@ -13,8 +13,9 @@ _PRODUCTS = {"forward": 1, "grad": 3}
 
 
 def pair_bytes(model: Model, n: int, dtype: str) -> int:
-    """Bytes of `inputs_2d` [N, N, C_z]."""
-    return n * n * model.pair_channel * jnp.dtype(dtype).itemsize
+    """Bytes of `inputs_2d`: [N, N, C_z], or two factors [N, R, C_z]."""
+    rows = 2 * model.pair_rank or n
+    return rows * n * model.pair_channel * jnp.dtype(dtype).itemsize
 
 
 def least_seconds(
@@ -36,13 +37,14 @@ def least_seconds(
 def forward_operations(model: Model, n: int, *, with_projections: bool) -> int:
     """Additions and multiplications of a forward pass (Suppl. Alg. 22)."""
     ipa, c_s, c_z = model.ipa, model.single_channel, model.pair_channel
+    pair_products = max(model.pair_rank, 1) * c_z
     per_pair_and_head = (
         ipa.num_scalar_qk  # q.k
         + 3 * ipa.num_point_qk  # distances
-        + c_z  # pair bias
+        + pair_products  # pair bias
         + ipa.num_scalar_v
         + 3 * ipa.num_point_v
-        + c_z  # the three results
+        + pair_products  # the three results
     )
     pairs = 2 * n * n * ipa.num_head * per_pair_and_head
     if not with_projections:

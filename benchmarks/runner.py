@@ -13,7 +13,7 @@ import tqdm
 
 from benchmarks import candidates, checks, memory, roofline
 from benchmarks.candidates import Candidate, Groups
-from benchmarks.cases import Bench, Model
+from benchmarks.cases import Bench
 from benchmarks.memory import OutOfMemory
 from benchmarks.peers import Checkouts, Missing, load_peer
 from benchmarks.problems import Problem, make_problem
@@ -90,7 +90,7 @@ class Runner:
           checkouts: of peers that are no packages, checked.
         """
         self._bench = bench
-        self._model = Model.from_name(bench.model)
+        self._model = bench.sized_model()
         self._is_cpu = machine["platform"] == "cpu"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.results = Results(date=now, machine=machine, settings=dataclasses.asdict(bench))
@@ -99,7 +99,7 @@ class Runner:
     def _load(self, what: str, checkouts: Checkouts) -> list[Candidate]:
         """This project's implementations and the peers; missing ones are noted."""
         field: list[Candidate] = [
-            candidates.ours(what, self._model, name) for name in self._bench.implementations
+            *candidates.all_ours(what, self._model, self._bench.implementations)
         ]
         for name in self._bench.peers:
             peer = load_peer(name, what, self._model, checkouts)

@@ -9,15 +9,18 @@ from ipa_haiku.attention.base import AttentionTerms, IPAOutput, LogitScales
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.config import IPAConfig
 from ipa_haiku.folding import InvariantPointAttention
+from ipa_haiku.pair import FactorizedPair, RelativePositionPair
 from ipa_haiku.quat_affine import QuatAffine
 
 __all__ = [
     "AttentionTerms",
+    "FactorizedPair",
     "IPAConfig",
     "IPAOutput",
     "InvariantPointAttention",
     "LogitScales",
     "QuatAffine",
+    "RelativePositionPair",
     "RowSharding",
     "Selection",
     "invariant_point_attention",

@@ -22,12 +22,14 @@ from ipa_haiku.attention.base import (
     assert_floating,
     assert_integer,
     assert_shape,
+    check_pair,
     masked_center,
     segment_center,
 )
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
+from ipa_haiku.pair import StructuredPair, is_dense
 
 NUM_LOGIT_TERMS = 3  # scalar, point and pair, each given a third of the logits' variance
 
@@ -83,7 +85,7 @@ class BaseInvariantPointAttention(hk.Module):
     def _core_inputs(
         self,
         inputs_1d: jax.Array,
-        inputs_2d: jax.Array,
+        inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
         rotation: jax.Array,
         translation: jax.Array,
@@ -106,7 +108,7 @@ class BaseInvariantPointAttention(hk.Module):
     def _attend(
         self,
         inputs_1d: jax.Array,
-        inputs_2d: jax.Array,
+        inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
         frames: Any,
         frames_name: str,
@@ -124,6 +126,7 @@ class BaseInvariantPointAttention(hk.Module):
             memory_budget=self._memory_budget,
             return_attention=return_attention,
             sharding=self._sharding,
+            dense_pair=is_dense(inputs_2d),
         )
         if selection.implementation != "reference":
             # Global coordinates lose digits far from the origin; moving all frames of a segment
@@ -156,11 +159,14 @@ class BaseInvariantPointAttention(hk.Module):
         return output if result.attention is None else (output, result.attention)
 
     @hk.transparent
-    def _pair_weights_and_bias(self, inputs_2d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weights [C_z, H] and bias [H] of the pair term."""
+    def _pair_weights_and_bias(
+        self, inputs_2d: jax.Array | StructuredPair | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Weights [C_z, H] and bias [H] of the pair term; None and None without one."""
+        if inputs_2d is None:
+            return None, None
         linear = Linear(self.config.num_head, name="attention_2d")
-        weights, bias = linear.weights_and_bias(inputs_2d)
-        return weights, cast(jax.Array, bias)
+        return linear.weights_and_bias(jax.ShapeDtypeStruct(inputs_2d.shape, inputs_2d.dtype))
 
     def _point_weights(self, logit_terms: int) -> jax.Array:
         """Weights [H] of squared distances (gamma of line 7), 1 / `logit_terms` of the variance.
@@ -178,7 +184,7 @@ class BaseInvariantPointAttention(hk.Module):
 
 def _check_inputs(
     inputs_1d: jax.Array,
-    inputs_2d: jax.Array,
+    inputs_2d: jax.Array | StructuredPair | None,
     mask: jax.Array,
     rotation: jax.Array,
     frames_name: str,
@@ -190,14 +196,19 @@ def _check_inputs(
       TypeError: if one is not an array.
       AssertionError: naming the first that does not fit, its axes and both shapes.
     """
-    for name, x in (("inputs_1d", inputs_1d), ("inputs_2d", inputs_2d), ("mask", mask)):
-        assert_floating(name, x)
+    assert_floating("inputs_1d", inputs_1d)
+    if is_dense(inputs_2d):
+        assert_floating("inputs_2d", cast(jax.Array, inputs_2d))
+    assert_floating("mask", mask)
     if inputs_1d.ndim < 2 or 0 in inputs_1d.shape:
         raise AssertionError(
             f"inputs_1d must have shape [..., N, C_s], none of them zero, got {inputs_1d.shape}."
         )
     batch = inputs_1d.shape[:-1]
-    assert_shape("inputs_2d", inputs_2d, "... N N C_z", (*batch, batch[-1], None))
+    if isinstance(inputs_2d, StructuredPair):
+        check_pair(inputs_2d, batch[:-1], batch[-1], batch[-1])
+    elif inputs_2d is not None:
+        assert_shape("inputs_2d", inputs_2d, "... N N C_z", (*batch, batch[-1], None))
     assert_shape("mask", mask, "... N 1", (*batch, 1))
     assert_shape(f"{frames_name}'s rotation", rotation, "... N 3 3", (*batch, 3, 3))
     if segment_ids is not None:
@@ -214,7 +225,9 @@ def _output_features(result: IPAOutput, point_local: jax.Array, norm: jax.Array)
       norm: [..., N, H, Pv] their norms.
 
     Returns:
-      The features in AF2's order: scalar, local x, local y, local z, norm, pair.
+      The features in AF2's order: scalar, local x, local y, local z, norm, pair (if any).
     """
-    parts = [result.scalar, *(point_local[..., d] for d in range(3)), norm, result.pair]
+    parts = [result.scalar, *(point_local[..., d] for d in range(3)), norm]
+    if result.pair is not None:
+        parts.append(result.pair)
     return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)

@@ -76,7 +76,9 @@ class Linear(hk.Module):
         output = jnp.tensordot(inputs, weights, axes=self.num_input_dims, precision=self.precision)
         return output if bias is None else output + bias
 
-    def weights_and_bias(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def weights_and_bias(
+        self, inputs: jax.Array | jax.ShapeDtypeStruct
+    ) -> tuple[jax.Array, jax.Array | None]:
         """The parameters for such inputs, for callers that fuse several maps into one product."""
         in_shape = inputs.shape[inputs.ndim - self.num_input_dims :]
         weights = hk.get_parameter(

@@ -11,6 +11,7 @@ from ipa_haiku import rigid as rigid_lib
 from ipa_haiku.attention.base import AttentionTerms, IPAInputs, LogitScales
 from ipa_haiku.base_module import NUM_LOGIT_TERMS, BaseInvariantPointAttention
 from ipa_haiku.common_modules import Linear
+from ipa_haiku.pair import StructuredPair
 
 
 class InvariantPointAttention(BaseInvariantPointAttention):
@@ -35,7 +36,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
     def __call__(
         self,
         inputs_1d: jax.Array,
-        inputs_2d: jax.Array,
+        inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
         rigid: Any,
         *,
@@ -46,7 +47,9 @@ class InvariantPointAttention(BaseInvariantPointAttention):
 
         Args:
           inputs_1d: [..., N, C_s] activations, floating-point.
-          inputs_2d: [..., N, N, C_z] pair activations, floating-point.
+          inputs_2d: [..., N, N, C_z] pair activations, floating-point; or a `FactorizedPair` or
+            `RelativePositionPair` that stands for them; or None for a model without any, which has
+            no `attention_2d` and no pair features in `output_projection`.
           mask: [..., N, 1] 1 where a residue is real, 0 where it is padding.
           rigid: frames of the residues, translations in units of `position_scale`: AF2's
             `Rigid3Array`, a `QuatAffine` (ours or AF2's), or a pair (rotation [..., N, 3, 3],
@@ -71,7 +74,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
     def _core_inputs(
         self,
         inputs_1d: jax.Array,
-        inputs_2d: jax.Array,
+        inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
         rotation: jax.Array,
         translation: jax.Array,

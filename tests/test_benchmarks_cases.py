@@ -60,6 +60,8 @@ def test_wrong_values_name_the_field(field, value, expected):
         ({"what": ("structure_module",), "model": "af2_multimer"}, "what: structure_module needs"),
         ({"what": ("structure_module",), "dtype": "bfloat16"}, "dtype: AlphaFold 2's"),
         ({"implementations": (), "peers": ()}, "implementations: there is nothing"),
+        ({"pair_rank": 1}, "pair_rank: must be 0 with peers"),
+        ({"pair_rank": 1, "peers": (), "what": ("structure_module",)}, "pair_rank: must be 0"),
     ],
 )
 def test_values_that_do_not_go_together(fields, expected):
@@ -101,6 +103,7 @@ def test_model_reads_the_sizes_of_its_file():
         (["--modes", "backward"], "modes: unknown 'backward'"),
         (["--what", "all"], "what: unknown 'all'"),
         (["--dtype", "half"], "dtype: unknown 'half'"),
+        (["--pair-rank", "-1"], "pair_rank: must be integers of at least 0, got -1"),
         (["--repeats", "many"], "invalid int value: 'many'"),
         (["--margin", "-1"], "must be a number of at least 0, got '-1'"),
         (["--margin", "nan"], "must be a number of at least 0, got 'nan'"),
@@ -133,7 +136,8 @@ def test_help_explains_every_option(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     options = (
-        "config model sizes implementations peers openfold flash-ipa modes what dtype repeats seed "
+        "config model sizes implementations peers openfold flash-ipa modes what dtype pair-rank "
+        "repeats seed "
         "structure chain cost out plot compare margin update-readme from-json"
     )
     for option in options.split():

@@ -124,6 +124,9 @@ def test_roofline_takes_the_larger_of_bytes_and_operations():
     assert roofline.least_seconds(slow_memory, "module", *case, "forward") == z / 1e9
     assert roofline.least_seconds(slow_memory, "module", *case, "grad") == 3 * z / 1e9
     assert roofline.least_seconds(slow_memory, "structure_module", *case, "grad") == 24 * z / 1e9
+    factors = dataclasses.replace(model, pair_rank=2)
+    least = roofline.least_seconds(slow_memory, "module", factors, 512, "float32", "forward")
+    assert least == 2 * 512 * 2 * 128 * 4 / 1e9
     # 2 * N^2 * H * (16 + 12 + 128 + 16 + 24 + 128) and 2 * N * (384 * 1152 + 2112 * 384).
     operations = 2 * 512 * 512 * 12 * 324
     assert roofline.least_seconds(slow_units, "core", *case, "forward") == operations / 1e9
@@ -214,6 +217,16 @@ def test_every_candidate_computes_the_reference(what, modes, implementations, pe
         else:
             assert row.speedup is None
     assert found.missing == []
+
+
+@pytest.mark.parametrize("what", ["core", "module"])
+def test_factors_are_measured_beside_their_array(what):
+    found = _run(sizes=(5,), what=(what,), pair_rank=2, peers=(), implementations=("xla",))
+    rows = {(row.mode, row.implementation): row for row in found.rows}
+    assert {name for _, name in rows} == {"xla", "xla_array"}
+    for row in rows.values():
+        assert row.status == "ok"
+        assert row.error < 100 * 2**-23
 
 
 def test_multimer_model_is_compared_with_the_multimer():

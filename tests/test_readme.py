@@ -28,7 +28,7 @@ def write_released_layout(path):
 
 def test_examples_run(tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     write_released_layout(tmp_path / "params_model_1.npz")
     monkeypatch.chdir(tmp_path)
     namespace = {}

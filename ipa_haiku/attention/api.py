@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 
-from ipa_haiku.attention import reference, xla
+from ipa_haiku.attention import reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
 from ipa_haiku.attention.sharding import RowSharding
+from ipa_haiku.pair import StructuredPair, is_dense
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
@@ -39,6 +40,7 @@ def select_implementation(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
     sharding: RowSharding | None = None,
+    dense_pair: bool = True,
 ) -> Selection:
     """Tells which implementation would run for attention weights of such a shape.
 
@@ -49,6 +51,8 @@ def select_implementation(
       memory_budget: as in `invariant_point_attention`.
       return_attention: as in `invariant_point_attention`.
       sharding: as in `invariant_point_attention`; what is chosen suits the rows of one device.
+      dense_pair: whether `inputs_2d` is an array. If it is a structured pair or None, 'xla' always
+        goes through blocks of queries and keys.
 
     Returns:
       `Selection` of the implementation, the number of query rows at a time, and the reason.
@@ -85,8 +89,14 @@ def select_implementation(
         return Selection("reference", None, "asked for by name")
 
     reason = "exact and fast on every device" if implementation is None else "asked for by name"
+    *batch, num_head, num_query, num_key = shape
+    block = None  # all rows
+    if not dense_pair:
+        reason += "; in blocks of queries and keys, as inputs_2d is no array"
+        num_key = min(num_key, streaming.KEY_BLOCK)
+        num_query = block = min(num_query, streaming.QUERY_BLOCK)
     if query_block is None:
-        *batch, num_head, num_query, num_key = shape
+        query_block = block
         bytes_per_row = _NUM_TEMPORARY * 4 * num_head * num_key * math.prod(batch)
         if bytes_per_row * num_query > memory_budget:
             query_block = max(memory_budget // bytes_per_row, 1)
@@ -101,9 +111,9 @@ def invariant_point_attention(
     q_point: jax.Array,
     k_point: jax.Array,
     v_point: jax.Array,
-    inputs_2d: jax.Array,
-    pair_weights: jax.Array,
-    pair_bias: jax.Array,
+    inputs_2d: jax.Array | StructuredPair | None,
+    pair_weights: jax.Array | None,
+    pair_bias: jax.Array | None,
     point_weights: jax.Array,
     q_mask: jax.Array,
     k_mask: jax.Array,
@@ -132,9 +142,10 @@ def invariant_point_attention(
       q_point: [..., Nq, H, P, 3] query points in the global frame, in the unit of the translations.
       k_point: [..., Nk, H, P, 3] key points in the global frame.
       v_point: [..., Nk, H, Pv, 3] value points in the global frame.
-      inputs_2d: [..., Nq, Nk, C_z] pair representation z.
-      pair_weights: [C_z, H] weights W of the pair bias.
-      pair_bias: [H] bias b of the pair bias.
+      inputs_2d: [..., Nq, Nk, C_z] pair representation z, or a `FactorizedPair` or
+        `RelativePositionPair` that stands for one, or None for none.
+      pair_weights: [C_z, H] weights W of the pair bias; None without `inputs_2d`.
+      pair_bias: [H] bias b of the pair bias; None without `inputs_2d`.
       point_weights: [H] weight of squared distances, after softplus and scaling.
       q_mask: [..., Nq] 1 where a query is real.
       k_mask: [..., Nk] 1 where a key is real.
@@ -157,13 +168,13 @@ def invariant_point_attention(
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
-      [..., Nq, H, C_z], and `attention` (None unless asked for).
+      [..., Nq, H, C_z] (None without `inputs_2d`), and `attention` (None unless asked for).
 
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
-      ValueError: if there is no such implementation, only one of queries and keys has segments, or
-        `sharding` does not fit the batch dimensions.
+      ValueError: if there is no such implementation, there are pair weights without `inputs_2d`,
+        only one of queries and keys has segments, or `sharding` does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     inputs = IPAInputs(
@@ -179,16 +190,15 @@ def invariant_point_attention(
         memory_budget=memory_budget,
         return_attention=return_attention,
         sharding=sharding,
+        dense_pair=is_dense(inputs_2d),
     )
     options = (
         {"return_attention": return_attention}
         if selection.implementation == "reference"
         else {"query_block": selection.query_block}
     )
-    attend = functools.partial(
-        IMPLEMENTATIONS[selection.implementation],
-        scales=logit_scales,
-        precision=precision,
-        **options,
-    )
+    attend = IMPLEMENTATIONS[selection.implementation]
+    if selection.implementation == "xla" and not is_dense(inputs_2d):
+        attend = streaming.attend
+    attend = functools.partial(attend, scales=logit_scales, precision=precision, **options)
     return attend(inputs) if sharding is None else sharding.run(attend, inputs)

@@ -7,6 +7,9 @@ Shape letters, here and in the implementations:
     H    heads                                C   scalar channels of queries and keys
     Cv   scalar channels of values            P   points of queries and keys
     Pv   points of values                     C_z channels of `inputs_2d`
+
+`inputs_2d` is an array, a `FactorizedPair` or `RelativePositionPair` that stands for one, or None
+(then `pair_weights` and `pair_bias` are None, too).
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +17,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+
+from ipa_haiku.pair import StructuredPair
 
 # What every logit loses where query or key is masked (AF2's constant). It is large enough that
 # exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
@@ -46,9 +51,9 @@ class IPAInputs(NamedTuple):
     q_point: jax.Array  # [..., Nq, H, P, 3] global frame
     k_point: jax.Array  # [..., Nk, H, P, 3] global frame
     v_point: jax.Array  # [..., Nk, H, Pv, 3] global frame
-    inputs_2d: jax.Array  # [..., Nq, Nk, C_z]
-    pair_weights: jax.Array  # [C_z, H]
-    pair_bias: jax.Array  # [H]
+    inputs_2d: Any  # [..., Nq, Nk, C_z], `StructuredPair` or None
+    pair_weights: Any  # [C_z, H], or None
+    pair_bias: Any  # [H], or None
     point_weights: jax.Array  # [H] softplus'ed and scaled
     q_mask: jax.Array  # [..., Nq]
     k_mask: jax.Array  # [..., Nk]
@@ -85,7 +90,7 @@ class AttentionTerms(NamedTuple):
     weights: jax.Array
     scalar_logits: jax.Array
     point_logits: jax.Array
-    pair_logits: jax.Array
+    pair_logits: jax.Array | None  # None without inputs_2d
 
 
 class IPAOutput(NamedTuple):
@@ -93,7 +98,7 @@ class IPAOutput(NamedTuple):
 
     scalar: jax.Array  # [..., Nq, H, Cv], dtype of v_scalar
     point: jax.Array  # [..., Nq, H, Pv, 3] global frame, float32 (float64 if any argument is)
-    pair: jax.Array  # [..., Nq, H, C_z], dtype of inputs_2d
+    pair: Any  # [..., Nq, H, C_z], dtype of inputs_2d; None without it
     attention: AttentionTerms | None = None
 
 
@@ -172,27 +177,55 @@ def check_inputs(inputs: IPAInputs) -> None:
 
     Raises:
       TypeError: if an argument is not an array.
+      ValueError: if there are pair weights for no pair representation.
       AssertionError: naming the first argument that does not fit, its axes and both shapes.
       ValueError: if only one of queries and keys has segments.
     """
     if (inputs.q_segment_ids is None) != (inputs.k_segment_ids is None):
         raise ValueError("q_segment_ids and k_segment_ids: give both or neither.")
-    sizes: dict[str, int] = {"3": 3}
-    batch: tuple[int, ...] | None = None
+    arrays: list[tuple[str, jax.Array, str]] = []
     for name, x in inputs._asdict().items():
-        if name in ("q_segment_ids", "k_segment_ids"):
-            if x is None:
-                continue
-            assert_integer(name, x)
-        else:
-            assert_floating(name, x)
-        batched, *axes = _AXES[name].split() if "..." in _AXES[name] else ("", *_AXES[name].split())
+        if isinstance(x, StructuredPair):
+            arrays += _parts(x)
+        elif inputs.inputs_2d is None and name in ("inputs_2d", "pair_weights", "pair_bias"):
+            if x is not None:
+                raise ValueError(f"{name} must be None, as inputs_2d is, got {type(x).__name__}.")
+        elif x is not None or "segment" not in name:
+            arrays.append((name, x, _AXES[name]))
+    _check_arrays(arrays, None, {})
+
+
+def check_pair(pair: StructuredPair, batch: tuple[int, ...], num_query: int, num_key: int) -> None:
+    """Asserts that a structured pair fits `batch` dimensions and the numbers of residues.
+
+    Raises:
+      TypeError: if a part is not an array.
+      AssertionError: naming the part that does not fit, its axes and both shapes.
+    """
+    _check_arrays(_parts(pair), batch, {"Nq": num_query, "Nk": num_key})
+
+
+def _parts(pair: StructuredPair) -> list[tuple[str, jax.Array, str]]:
+    """Name, array and axes of the parts of `inputs_2d`."""
+    return [(f"inputs_2d.{part}", getattr(pair, part), axes) for part, axes in pair.AXES.items()]
+
+
+def _check_arrays(
+    arrays: list[tuple[str, jax.Array, str]], batch: tuple[int, ...] | None, known: dict[str, int]
+) -> None:
+    """Checks arrays by name and axes; `batch` and `known` sizes, if any, are those of all."""
+    sizes = {"3": 3} | known
+    for name, x, all_axes in arrays:
+        (assert_integer if name.endswith(("_index", "_ids")) else assert_floating)(name, x)
+        batched, *axes = all_axes.split() if "..." in all_axes else ("", *all_axes.split())
         if batched and batch is None:
             batch = x.shape[: max(x.ndim - len(axes), 0)]
         expected = (batch or ()) * bool(batched) + tuple(sizes.get(axis) for axis in axes)
-        assert_shape(name, x, _AXES[name], expected)
+        assert_shape(name, x, all_axes, expected)
         if 0 in x.shape:
-            raise AssertionError(f"{name} [{_AXES[name]}] must not be empty, got shape {x.shape}.")
+            raise AssertionError(f"{name} [{all_axes}] must not be empty, got shape {x.shape}.")
+        if name.endswith(".table") and x.shape[0] % 2 == 0:
+            raise AssertionError(f"{name} must have an odd number of rows, got shape {x.shape}.")
         sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))
 
 
@@ -236,6 +269,22 @@ def segment_center(
     total = jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
     sums = [jnp.sum(weights * points[..., None, :, d], axis=-1) for d in range(3)]
     return jax.lax.stop_gradient(jnp.stack(sums, axis=-1) / total[..., None])
+
+
+def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
+    """What to subtract from points of queries and of keys, [..., Nq or 1, 1, 1, 3] and so on.
+
+    A query and the keys that it sees have the same center: that of their segment.
+    """
+    points = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
+    if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
+        center = masked_center(points, inputs.k_mask)[..., None, None, None, :]
+        return center, center
+    q_center, k_center = (
+        segment_center(points, inputs.k_mask, inputs.k_segment_ids, segment_ids)
+        for segment_ids in (inputs.q_segment_ids, inputs.k_segment_ids)
+    )
+    return q_center[..., None, None, :], k_center[..., None, None, :]
 
 
 def subtract_segment_penalty(logits: jax.Array, inputs: IPAInputs) -> jax.Array:

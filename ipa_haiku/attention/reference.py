@@ -17,6 +17,7 @@ from ipa_haiku.attention.base import (
     subtract_segment_penalty,
     widen,
 )
+from ipa_haiku.pair import StructuredPair
 
 
 def attend(
@@ -38,12 +39,16 @@ def attend(
       `IPAOutput`, with `attention` set if asked for.
     """
     wide = widen(inputs)
+    if isinstance(wide.inputs_2d, StructuredPair):
+        wide = wide._replace(inputs_2d=wide.inputs_2d.to_dense())
 
     # Line 7, the three terms and the mask.
     scalar_logits = _scalar_logits(wide, scales, precision)
     point_logits = _point_logits(wide)
     pair_logits = _pair_logits(wide, scales, precision)
-    logits = scalar_logits + point_logits + pair_logits
+    logits = scalar_logits + point_logits
+    if pair_logits is not None:
+        logits += pair_logits
     mask_2d = wide.q_mask[..., None, :, None] * wide.k_mask[..., None, None, :]
     logits -= MASK_PENALTY * (1.0 - mask_2d)
     logits = subtract_segment_penalty(logits, wide)
@@ -63,16 +68,19 @@ def attend(
     )  # [..., H, Nq, Pv, 3]
 
     # Line 8.
-    pair = jnp.einsum("...hij,...ijc->...ihc", weights, wide.inputs_2d, precision=precision)
+    pair = None
+    if wide.inputs_2d is not None:
+        pair = jnp.einsum("...hij,...ijc->...ihc", weights, wide.inputs_2d, precision=precision)
+        pair = pair.astype(inputs.inputs_2d.dtype)
 
     attention = None
     if return_attention:
-        terms = (scales.total * x for x in (scalar_logits, point_logits, pair_logits))
-        attention = AttentionTerms(weights, *terms)
+        terms = (scalar_logits, point_logits, pair_logits)
+        attention = AttentionTerms(weights, *jax.tree.map(lambda x: scales.total * x, terms))
     return IPAOutput(
         scalar=scalar.astype(inputs.v_scalar.dtype),
         point=jnp.swapaxes(point, -3, -4),
-        pair=pair.astype(inputs.inputs_2d.dtype),
+        pair=pair,
         attention=attention,
     )
 
@@ -96,7 +104,11 @@ def _point_logits(x: IPAInputs) -> jax.Array:
     return -0.5 * jnp.sum(weights * (squares[0] + squares[1] + squares[2]), axis=-1)
 
 
-def _pair_logits(x: IPAInputs, scales: LogitScales, precision: jax.lax.PrecisionLike) -> jax.Array:
+def _pair_logits(
+    x: IPAInputs, scales: LogitScales, precision: jax.lax.PrecisionLike
+) -> jax.Array | None:
+    if x.inputs_2d is None:
+        return None
     bias = jnp.einsum("...c,ch->...h", x.inputs_2d, x.pair_weights, precision=precision)
     return scales.pair * jnp.moveaxis(bias + x.pair_bias, -1, -3)
 

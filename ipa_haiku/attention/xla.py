@@ -23,8 +23,7 @@ from ipa_haiku.attention.base import (
     IPAInputs,
     IPAOutput,
     LogitScales,
-    masked_center,
-    segment_center,
+    centers,
     subtract_segment_penalty,
     widen,
 )
@@ -62,7 +61,7 @@ def attend(
     Raises:
       TypeError: under forward-mode differentiation, which only `reference` supports.
     """
-    q_center, k_center = _centers(inputs)
+    q_center, k_center = centers(inputs)
     inputs = inputs._replace(
         q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
         v_point=inputs.v_point - k_center,
@@ -82,22 +81,6 @@ def attend(
             ) from error
         raise
     return out._replace(point=out.point + q_center)
-
-
-def _centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
-    """What to subtract from points of queries and of keys, [..., Nq or 1, 1, 1, 3] and so on.
-
-    A query and the keys that it sees have the same center: that of their segment.
-    """
-    points = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
-    if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
-        center = masked_center(points, inputs.k_mask)[..., None, None, None, :]
-        return center, center
-    q_center, k_center = (
-        segment_center(points, inputs.k_mask, inputs.k_segment_ids, segment_ids)
-        for segment_ids in (inputs.q_segment_ids, inputs.k_segment_ids)
-    )
-    return q_center[..., None, None, :], k_center[..., None, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

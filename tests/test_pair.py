@@ -1,0 +1,580 @@
+"""Pair representations that are not N x N arrays: equal to the array, in memory linear in N."""
+
+import functools
+import itertools
+import math
+import re
+import subprocess
+import sys
+import types
+from typing import Any, NamedTuple
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipa_haiku import (
+    FactorizedPair,
+    InvariantPointAttention,
+    IPAConfig,
+    LogitScales,
+    QuatAffine,
+    RelativePositionPair,
+    folding_multimer,
+    invariant_point_attention,
+    select_implementation,
+)
+from ipa_haiku.attention import streaming
+from ipa_haiku.attention.base import IPAInputs
+from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
+
+EPS = float(np.finfo(np.float32).eps)
+MONOMER = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
+MULTIMER = LogitScales(scalar=(1 / 16) ** 0.5, pair=1.0, total=(1 / 3) ** 0.5)
+FORMS = ("rank_1", "rank_2", "rank_4", "relative", "none")
+MAX_DISTANCE = 3
+
+# Each case is drawn until there are as many residues: a few would have their errors by chance.
+NUM_RESIDUES = 200
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of keys in every test, the last one shorter than the rest."""
+    monkeypatch.setattr(streaming, "KEY_BLOCK", 5)
+
+
+def replace_pair(inputs, form, seed=0, dtype="float32"):
+    """`IPAInputs` with another form of pair representation, or with none."""
+    rng = np.random.default_rng(seed)
+    *batch, num_query, num_key, num_channel = inputs.inputs_2d.shape
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape).astype(dtype))
+
+    if form == "none":
+        return inputs._replace(inputs_2d=None, pair_weights=None, pair_bias=None)
+    if form == "relative":
+        # Unordered numbers with gaps.
+        index = [
+            jnp.asarray(np.sort(rng.choice(2 * n + 1, (*batch, n)), axis=-1), jnp.int32)
+            for n in (num_query, num_key)
+        ]
+        table = normal(2 * MAX_DISTANCE + 1, num_channel)
+        return inputs._replace(inputs_2d=RelativePositionPair(table, *index))
+    rank = int(form.removeprefix("rank_"))
+    factors = (normal(*batch, n, rank, num_channel) for n in (num_query, num_key))
+    return inputs._replace(inputs_2d=FactorizedPair(*factors))
+
+
+@pytest.fixture
+def make_pair_inputs(sizes_of, make_core_inputs):
+    """As `make_core_inputs`, with the form of the pair representation first."""
+
+    def make(form, size="tiny", num_query=6, num_key=7, dtype="float32", seed=0, **options):
+        inputs = make_core_inputs(
+            sizes_of(size), num_query, num_key, dtype=dtype, seed=seed, **options
+        )
+        return replace_pair(inputs, form, seed, dtype)
+
+    return make
+
+
+def split(inputs):
+    """What is differentiable, by name, and a function that puts `IPAInputs` together again."""
+    pair = inputs.inputs_2d
+    named = inputs._asdict()
+    constant = {name: named.pop(name) for name in ("q_mask", "k_mask")}
+    if isinstance(pair, RelativePositionPair):
+        named["inputs_2d"] = pair.table
+
+    def merge(arrays):
+        if isinstance(pair, RelativePositionPair):
+            table = arrays["inputs_2d"]
+            arrays = arrays | {"inputs_2d": RelativePositionPair(table, pair.q_index, pair.k_index)}
+        return IPAInputs(**arrays, **constant)
+
+    return named, merge
+
+
+def attend(inputs, scales=MONOMER, implementation="xla", **options):
+    if implementation == "xla":
+        options = {"query_block": 4} | options
+    return invariant_point_attention(*inputs, scales, implementation=implementation, **options)
+
+
+# --- equal to the array --------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    form: str
+    options: dict[str, Any]  # of `make_pair_inputs`
+    masked_rows: bool = False  # whether to look at rows of masked queries too
+    scales: LogitScales = MONOMER
+
+
+CASES = {
+    **{form: Case(form, {"num_query": 13, "num_key": 18, "mask": "holed"}) for form in FORMS},
+    "batches": Case("rank_2", {"size": "odd", "batch": (2, 1, 2), "mask": "holed"}),
+    "batches_relative": Case("relative", {"size": "odd", "batch": (3,), "mask": "padded"}),
+    "multimer": Case("rank_2", {"num_query": 11, "mask": "padded"}, scales=MULTIMER),
+    "masked_rows": Case("rank_1", {"num_query": 13, "mask": "holed"}, masked_rows=True),
+    "all_masked": Case("relative", {"num_query": 13, "mask": "zero"}, masked_rows=True),
+    "far": Case("none", {"num_query": 13, "points": "far"}),
+    "bfloat16": Case("rank_2", {"num_query": 13, "dtype": "bfloat16"}),
+}
+SLOW_CASES = {
+    "one_residue": Case("rank_1", {"num_query": 1, "num_key": 1}),
+    "less_than_a_block": Case("rank_1", {"num_query": 3, "num_key": 3}),
+    "coincident": Case("rank_1", {"num_query": 13, "points": "coincident"}),
+    "bfloat16_relative": Case("relative", {"num_query": 13, "dtype": "bfloat16"}),
+    "float16": Case("rank_1", {"num_query": 13, "dtype": "float16", "mask": "padded"}),
+}
+
+
+def value_and_gradients(case, implementation, draws, float64=False):
+    """Outputs and gradients of everything differentiable, of all draws, stacked."""
+
+    @jax.jit
+    def run(inputs, rows, cotangents):
+        arrays, merge = split(inputs)
+
+        def fn(arrays):
+            result = attend(merge(arrays), case.scales, implementation)
+            return tuple(
+                x * jnp.expand_dims(rows, range(rows.ndim, x.ndim)).astype(x.dtype)
+                for x in result[:3]
+                if x is not None
+            )
+
+        outputs, pull_back = jax.vjp(fn, arrays)
+        (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
+        # The softmax does not see the bias: its gradient is zero but for the rounding of AF2.
+        bias = gradients.pop("pair_bias")
+        return outputs, gradients, bias
+
+    def widen(x):
+        x = np.asarray(x)
+        return x if np.issubdtype(x.dtype, np.integer) else x.astype(np.float64)
+
+    with jax.enable_x64(float64):
+        draws = jax.tree.map(widen, draws) if float64 else draws
+        results = [jax.device_get(run(*draw)) for draw in draws]
+    if implementation == "xla":
+        assert not any(np.any(bias) for *_, bias in results if bias is not None)
+    return jax.tree.map(lambda *x: np.stack(x), *[result[:2] for result in results])
+
+
+@pytest.mark.usefixtures("debug_nans")
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
+)
+def test_error_budget(name, make_pair_inputs):
+    case = (CASES | SLOW_CASES)[name]
+
+    def draw(seed):
+        inputs = make_pair_inputs(case.form, seed=seed, **case.options)
+        rows = np.ones_like(inputs.q_mask) if case.masked_rows else inputs.q_mask
+        rng = np.random.default_rng(seed)
+        outputs = jax.eval_shape(functools.partial(attend, implementation="reference"), inputs)[:3]
+        # Rounded once, so that half-precision and float64 runs pull back the same numbers.
+        cotangents = tuple(
+            rng.normal(size=x.shape).astype(inputs.q_scalar.dtype) for x in outputs if x is not None
+        )
+        return inputs, rows, cotangents
+
+    num_query = case.options.get("num_query", 6)
+    draws = [draw(seed) for seed in range(-(-NUM_RESIDUES // num_query))]
+    fast = value_and_gradients(case, "xla", draws)
+    reference = value_and_gradients(case, "reference", draws)
+    exact = value_and_gradients(case, "reference", draws, float64=True)
+    # Of gradients that are exactly zero, such as the queries' with a single key, rounding is left:
+    # 1e-6 of terms that are up to 100.
+    fast = jax.tree.map(
+        lambda x, y: x if np.any(y) else np.where(np.abs(x) < 1e-4, 0, x), fast, exact
+    )
+    assert_within_error_budget(fast, reference, exact)
+
+
+@pytest.mark.parametrize("form", ["rank_2", "relative"])
+def test_reference_goes_through_the_array(form, make_pair_inputs):
+    inputs = make_pair_inputs(form)
+    dense = inputs._replace(inputs_2d=inputs.inputs_2d.to_dense())
+    chex.assert_trees_all_equal(
+        attend(inputs, implementation="reference"), attend(dense, implementation="reference")
+    )
+
+
+@pytest.mark.parametrize("form", ["rank_4", "relative"])
+def test_float64(form, make_pair_inputs):
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(
+            lambda x: x if x.dtype == np.int32 else jnp.asarray(x, jnp.float64),
+            make_pair_inputs(form, num_query=13, mask="padded"),
+        )
+        fast, exact = (
+            jax.jit(functools.partial(attend, implementation=name))(inputs)
+            for name in ("xla", "reference")
+        )
+    valid = np.asarray(inputs.q_mask) == 1
+    for x, y in zip(*(jax.tree.leaves(jax.device_get(result)) for result in (fast, exact))):
+        assert x.dtype == jnp.float64
+        np.testing.assert_allclose(x[valid], y[valid], rtol=1e-12, atol=1e-12)
+
+
+def test_to_dense(make_pair_inputs):
+    pair = make_pair_inputs("rank_2", batch=(2,)).inputs_2d
+    left, right = np.asarray(pair.left), np.asarray(pair.right)
+    z = sum(left[:, :, None, r] * right[:, None, :, r] for r in range(2))
+    np.testing.assert_allclose(pair.to_dense(), z, rtol=4 * EPS, atol=4 * EPS)
+    assert pair.shape == z.shape
+
+    # Residue numbers with a gap: 5 lies 3 after 2, and 99 as far as the table goes.
+    table = jnp.arange(10.0).reshape(5, 2)
+    pair = RelativePositionPair(table, jnp.array([2, 5]), jnp.array([1, 2, 5, 99]))
+    assert pair.to_dense().shape == pair.shape
+    np.testing.assert_array_equal(pair.to_dense()[..., 0] / 2, [[1, 2, 4, 4], [0, 0, 2, 4]])
+
+
+# --- gradients and transformations ---------------------------------------------------------------
+
+
+def test_masks_have_zero_gradient(make_pair_inputs):
+    inputs = make_pair_inputs("rank_1", mask="holed")
+
+    def loss(q_mask, k_mask):
+        return jnp.sum(attend(inputs._replace(q_mask=q_mask, k_mask=k_mask)).pair)
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1)))(inputs.q_mask, inputs.k_mask):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("form", ["rank_2", pytest.param("relative", marks=pytest.mark.slow)])
+def test_vmap_equals_loop(form, make_pair_inputs):
+    draws = [make_pair_inputs(form, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *draws)
+
+    def outputs(inputs):
+        return attend(inputs)[:3]
+
+    loop = jax.tree.map(lambda *x: np.stack(x), *map(jax.jit(outputs), draws))
+    chex.assert_trees_all_close(
+        jax.jit(jax.vmap(outputs))(stacked), loop, rtol=20 * EPS, atol=20 * EPS
+    )
+
+
+def test_runs_give_the_same_bits(make_pair_inputs):
+    arrays, merge = split(make_pair_inputs("rank_2", num_query=13))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(attend(merge(x)).pair))))
+    chex.assert_trees_all_equal(gradient(arrays), gradient(arrays))
+
+
+def test_other_derivatives_are_right_or_refused(make_pair_inputs):
+    arrays, merge = split(make_pair_inputs("rank_2", num_query=3, num_key=6))
+    q_point = arrays["q_point"]
+
+    def loss(q_point, implementation):
+        result = attend(merge(arrays | {"q_point": q_point}), implementation=implementation)
+        return jnp.sum(jnp.square(result.pair))
+
+    hessian, expected = (
+        jax.jit(jax.jacrev(jax.grad(loss)), static_argnums=1)(q_point, name)
+        for name in ("xla", "reference")
+    )
+    chex.assert_trees_all_close(hessian, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
+    with pytest.raises(TypeError, match="implementation='reference'"):
+        jax.jvp(lambda x: loss(x, "xla"), (q_point,), (q_point,))
+
+
+def test_checkpoint_and_scan(make_pair_inputs):
+    arrays, merge = split(make_pair_inputs("rank_1", num_query=6, num_key=6))
+
+    def step(arrays):
+        return arrays | {"v_scalar": jnp.tanh(attend(merge(arrays)).scalar)}
+
+    def scanned(arrays):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(step)(x), None), arrays, length=3)[0]
+
+    assert_gradients_close(
+        jax.jit(lambda x: scanned(x)["v_scalar"]),
+        jax.jit(lambda x: step(step(step(x)))["v_scalar"]),
+        {name: x for name, x in arrays.items() if name != "pair_bias"} | {"pair_bias": jnp.ones(2)},
+        key=jax.random.key(0),
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize("form", ["rank_2", pytest.param("relative", marks=pytest.mark.slow)])
+def test_masked_keys_are_not_seen(form, make_pair_inputs):
+    inputs = make_pair_inputs(form, mask="holed")
+    masked, valid = np.asarray(inputs.k_mask == 0), np.asarray(inputs.q_mask == 1)
+    garbage = {"k_scalar": 1e2, "v_scalar": 1e4, "k_point": -1e4, "v_point": 1e4}
+    arrays = {
+        name: jnp.asarray(
+            np.where(masked[:, None, None].reshape(-1, *[1] * (x.ndim - 1)), value, x)
+        )
+        for name, value in garbage.items()
+        for x in (getattr(inputs, name),)
+    }
+    bad = inputs._replace(**arrays)
+    if form == "rank_2":
+        right = jnp.where(masked[:, None, None], -1e3, inputs.inputs_2d.right)
+        bad = bad._replace(inputs_2d=FactorizedPair(inputs.inputs_2d.left, right))
+    outputs = jax.jit(lambda x: attend(x)[:3])
+    for actual, expected in zip(outputs(bad), outputs(inputs)):
+        np.testing.assert_array_equal(actual[valid], expected[valid])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["rank_2", "relative"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_dtypes(dtype, form, implementation, make_pair_inputs):
+    inputs = make_pair_inputs(form, dtype=dtype)
+    result = jax.eval_shape(functools.partial(attend, implementation=implementation), inputs)
+    chex.assert_type([result.scalar, result.pair, result.point], [dtype, dtype, "float32"])
+
+
+def test_return_attention_without_pair(make_pair_inputs):
+    result = attend(make_pair_inputs("none"), implementation="reference", return_attention=True)
+    assert result.pair is None
+    assert result.attention.pair_logits is None
+    np.testing.assert_allclose(jnp.sum(result.attention.weights, axis=-1), 1, atol=7 * EPS)
+
+
+# --- modules -------------------------------------------------------------------------------------
+
+MODULES = {"monomer": InvariantPointAttention, "multimer": folding_multimer.InvariantPointAttention}
+
+
+def make_model(variant, config, implementation=None):
+    def call(inputs_1d, inputs_2d, mask, affine):
+        module = MODULES[variant](
+            config, types.SimpleNamespace(zero_init=False), implementation=implementation
+        )
+        return module(inputs_1d, inputs_2d, mask, QuatAffine.from_tensor(affine))
+
+    return hk.without_apply_rng(hk.transform(call))
+
+
+@pytest.mark.parametrize(("variant", "form"), [("monomer", "rank_2"), ("multimer", "relative")])
+def test_modules_take_it_for_the_array(form, variant, sizes_of, make_inputs, make_params):
+    sizes = sizes_of("odd")
+    inputs_1d, inputs_2d, mask, affine = make_inputs(sizes, 13, mask="padded")
+    rng = np.random.default_rng(0)
+    if form == "rank_2":
+        parts = jnp.asarray(rng.normal(size=(2, 13, 2, sizes.pair_channel)), jnp.float32)
+        to_pair = FactorizedPair
+    else:
+        parts = [jnp.asarray(rng.normal(size=(7, sizes.pair_channel)), jnp.float32)]
+        to_pair = functools.partial(
+            RelativePositionPair, q_index=jnp.arange(13), k_index=jnp.arange(13)
+        )
+    fast = make_model(variant, sizes.config)
+    reference = make_model(variant, sizes.config, "reference")
+    params = make_params(reference, inputs_1d, inputs_2d, mask, affine)
+    assert (
+        params.keys()
+        == jax.eval_shape(
+            lambda *x: fast.init(jax.random.key(0), inputs_1d, to_pair(*x), mask, affine), *parts
+        ).keys()
+    )
+
+    def gradients(model, to_pair):
+        def loss(params, inputs_1d, parts, affine):
+            out = mask * model.apply(params, inputs_1d, to_pair(*parts), mask, affine)
+            return jnp.sum(jnp.square(out)), out
+
+        run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+        gradients, out = run(params, inputs_1d, parts, affine)
+        # Exactly zero here, rounding in AF2's order.
+        gradients[0]["invariant_point_attention/attention_2d"].pop("bias")
+        return gradients, out
+
+    actual = gradients(fast, to_pair)
+    expected = gradients(reference, lambda *x: to_pair(*x).to_dense())
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.max(np.abs(y)))
+
+
+@pytest.mark.parametrize("variant", MODULES)
+def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
+    sizes = sizes_of("odd")
+    inputs_1d, inputs_2d, mask, affine = make_inputs(sizes, 7, batch=(2,))
+    model = make_model(variant, sizes.config)
+    with_pair = jax.eval_shape(model.init, jax.random.key(0), inputs_1d, inputs_2d, mask, affine)
+    params = make_params(model, inputs_1d, None, mask, affine)
+    scope = "invariant_point_attention"
+    assert with_pair.keys() - params.keys() == {f"{scope}/attention_2d"}
+    c = sizes.config
+    features = c.num_head * (c.num_scalar_v + 4 * c.num_point_v)
+    weights = params[f"{scope}/output_projection"]["weights"]
+    assert weights.shape == (features, c.num_channel)
+
+    # The array's answer, with weights that do not see it.
+    rest = jnp.zeros((c.num_head * sizes.pair_channel, c.num_channel))
+    blind = params | {
+        f"{scope}/attention_2d": jax.tree.map(
+            lambda x: jnp.zeros(x.shape), with_pair[f"{scope}/attention_2d"]
+        ),
+        f"{scope}/output_projection": params[f"{scope}/output_projection"]
+        | {"weights": jnp.concatenate([weights, rest])},
+    }
+    expected = jax.jit(model.apply)(blind, inputs_1d, inputs_2d, mask, affine)
+    actual = jax.jit(model.apply)(params, inputs_1d, None, mask, affine)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.max(np.abs(expected)))
+
+
+# --- what runs -----------------------------------------------------------------------------------
+
+
+def test_selection():
+    chosen = select_implementation((12, 8192, 8192), dense_pair=False)
+    assert chosen.implementation == "xla"
+    assert chosen.query_block == streaming.QUERY_BLOCK
+    assert "blocks of queries and keys" in chosen.reason
+    assert select_implementation((12, 9, 9), dense_pair=False).query_block == 9
+    assert select_implementation((12, 9, 9), dense_pair=False, query_block=4).query_block == 4
+    few = select_implementation((12, 8192, 8192), dense_pair=False, memory_budget=2**10)
+    assert few.query_block == 1
+    assert (
+        select_implementation(
+            (12, 9, 9), dense_pair=False, implementation="reference"
+        ).implementation
+        == "reference"
+    )
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "error", "message"),
+    [
+        ("rank_2", {"left": np.zeros((5, 2, 3))}, AssertionError, "left must have shape"),
+        ("rank_2", {"left": np.zeros((6, 8))}, AssertionError, "left must have shape"),
+        ("rank_2", {"left": np.zeros((6, 2, 8), int)}, AssertionError, "left must be floating"),
+        ("rank_2", {"right": np.zeros((7, 1, 8))}, AssertionError, "right must have shape"),
+        ("rank_2", {"right": [1.0]}, TypeError, "right must be an array, got list"),
+        ("relative", {"table": np.zeros((6, 8))}, AssertionError, "table must have an odd number"),
+        ("relative", {"q_index": np.zeros(5, int)}, AssertionError, "q_index must have shape"),
+        ("relative", {"k_index": np.zeros(7)}, AssertionError, "k_index must be integers"),
+        ("relative", {"k_index": [1]}, TypeError, "k_index must be an array, got list"),
+    ],
+)
+def test_bad_parts_are_refused(form, changes, error, message, make_pair_inputs):
+    inputs = make_pair_inputs(form)
+    parts = {name: getattr(inputs.inputs_2d, name) for name in inputs.inputs_2d.AXES}
+    bad = inputs._replace(inputs_2d=type(inputs.inputs_2d)(**parts | changes))
+    for implementation in ("xla", "reference"):
+        with pytest.raises(error, match=rf"inputs_2d\.{message}"):
+            attend(bad, implementation=implementation)
+
+
+@pytest.mark.parametrize("name", ["pair_weights", "pair_bias"])
+def test_pair_weights_come_with_a_pair(name, make_pair_inputs):
+    inputs = make_pair_inputs("none")
+    with pytest.raises(ValueError, match=f"{name} must be None, as inputs_2d is"):
+        attend(inputs._replace(**{name: jnp.ones(2)}))
+    inputs = make_pair_inputs("rank_1")._replace(**{name: None})
+    with pytest.raises(TypeError, match=f"{name} must be an array, got NoneType"):
+        attend(inputs)
+
+
+def test_modules_check_the_parts(sizes_of, make_inputs):
+    sizes = sizes_of("tiny")
+    inputs_1d, _, mask, affine = make_inputs(sizes, 6)
+    model = make_model("monomer", sizes.config)
+    pair = FactorizedPair(jnp.zeros((6, 1, 8)), jnp.zeros((5, 1, 8)))
+    with pytest.raises(AssertionError, match=r"inputs_2d.right must have shape"):
+        model.init(jax.random.key(0), inputs_1d, pair, mask, affine)
+
+
+# --- memory, and other devices -------------------------------------------------------------------
+
+
+MODES = ("forward", "grad")
+
+
+def lowered(form, n, mode, platform=None):
+    """The monomer module at AF2's sizes, its forward pass or its gradient, lowered."""
+    config = IPAConfig()
+    model = make_model("monomer", config)
+
+    def shape(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    if form == "none":
+        pair: Any = None
+    elif form == "relative":
+        pair = RelativePositionPair(shape(65, 128), *[shape(n, dtype=jnp.int32)] * 2)
+    else:
+        pair = FactorizedPair(*[shape(n, int(form.removeprefix("rank_")), 128)] * 2)
+    arguments = (shape(n, 384), pair, shape(n, 1), shape(n, 7))
+    params = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+    if mode == "forward":
+        return jax.jit(model.apply).trace(params, *arguments).lower(lowering_platforms=platform)
+
+    def loss(params, inputs_1d, pair, mask, affine):
+        return jnp.sum(jnp.square(model.apply(params, inputs_1d, pair, mask, affine)))
+
+    argnums = (0, 1, 4) if form == "relative" else (0, 1, 2, 4)
+    gradient = jax.jit(jax.grad(loss, argnums))
+    return gradient.trace(params, *arguments).lower(lowering_platforms=platform)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        ("rank_1", "grad"),
+        *(
+            pytest.param(form, mode, marks=pytest.mark.slow)
+            for form, mode in itertools.product(("rank_1", "rank_4", "relative", "none"), MODES)
+            if (form, mode) != ("rank_1", "grad")
+        ),
+    ],
+)
+def test_memory_is_linear(form, mode, monkeypatch):
+    monkeypatch.undo()  # the blocks of real use
+    temporary = {}
+    for n in (2048, 8192):
+        compiled = lowered(form, n, mode).compile()
+        temporary[n] = compiled.memory_analysis().temp_size_in_bytes
+        sizes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", compiled.as_text())
+        largest = max(math.prod(map(int, size.split(","))) for size in sizes)
+        if n == 8192:
+            assert largest < n * n  # no array of a number for each pair, let alone for each head
+    assert temporary[8192] <= 4.5 * temporary[2048]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("form", ["rank_2", "relative", "none"])
+def test_lowers_for(form, platform, monkeypatch):
+    monkeypatch.undo()
+    text = lowered(form, 128, "grad", (platform,)).as_text()
+    assert "HIGHEST" in text  # products that involve points are float32 products on every device
+
+
+_LONG = """
+import resource, sys, jax
+sys.path.insert(0, {tests!r})
+from test_pair import lowered
+compiled = lowered("rank_1", {n}, {mode!r}).compile()
+arguments = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.1, x.dtype), compiled.in_avals)
+args, kwargs = arguments
+result = compiled(*args, **kwargs)
+assert all(bool(jax.numpy.all(jax.numpy.isfinite(x))) for x in jax.tree.leaves(result))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "mode"), [(16384, "forward"), (8192, "grad")])
+def test_long_sequences_fit(n, mode):
+    program = _LONG.format(tests=str(__file__).rpartition("/")[0], n=n, mode=mode)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(ran.stdout) < 4e9
