@@ -87,7 +87,9 @@ def split(inputs):
     """What is differentiable, by name, and a function that puts `IPAInputs` together again."""
     pair = inputs.inputs_2d
     named = inputs._asdict()
-    constant = {name: named.pop(name) for name in ("q_mask", "k_mask")}
+    constant = {
+        name: named.pop(name) for name in ("q_mask", "k_mask", "q_segment_ids", "k_segment_ids")
+    }
     if isinstance(pair, RelativePositionPair):
         named["inputs_2d"] = pair.table
 
@@ -103,7 +105,9 @@ def split(inputs):
 def attend(inputs, scales=MONOMER, implementation="xla", **options):
     if implementation == "xla":
         options = {"query_block": 4} | options
-    return invariant_point_attention(*inputs, scales, implementation=implementation, **options)
+    return invariant_point_attention(
+        **inputs._asdict(), logit_scales=scales, implementation=implementation, **options
+    )
 
 
 # --- equal to the array --------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class Case(NamedTuple):
     options: dict[str, Any]  # of `make_pair_inputs`
     masked_rows: bool = False  # whether to look at rows of masked queries too
     scales: LogitScales = MONOMER
+    num_segment: int | None = None
 
 
 CASES = {
@@ -123,6 +128,7 @@ CASES = {
     "multimer": Case("rank_2", {"num_query": 11, "mask": "padded"}, scales=MULTIMER),
     "masked_rows": Case("rank_1", {"num_query": 13, "mask": "holed"}, masked_rows=True),
     "all_masked": Case("relative", {"num_query": 13, "mask": "zero"}, masked_rows=True),
+    "segments": Case("rank_1", {"num_query": 13, "mask": "holed"}, num_segment=3),
     "far": Case("none", {"num_query": 13, "points": "far"}),
     "bfloat16": Case("rank_2", {"num_query": 13, "dtype": "bfloat16"}),
 }
@@ -177,6 +183,11 @@ def test_error_budget(name, make_pair_inputs):
 
     def draw(seed):
         inputs = make_pair_inputs(case.form, seed=seed, **case.options)
+        if case.num_segment:
+            segment_ids = [
+                np.arange(len(x)) % case.num_segment for x in (inputs.q_mask, inputs.k_mask)
+            ]
+            inputs = inputs._replace(q_segment_ids=segment_ids[0], k_segment_ids=segment_ids[1])
         rows = np.ones_like(inputs.q_mask) if case.masked_rows else inputs.q_mask
         rng = np.random.default_rng(seed)
         outputs = jax.eval_shape(functools.partial(attend, implementation="reference"), inputs)[:3]
