@@ -353,7 +353,7 @@ NAMES = ("inputs_1d", "inputs_2d", "mask", "rigid")
         ("inputs_1d", [[1.0]], TypeError, "inputs_1d must be an array"),
         ("inputs_2d", jnp.zeros((5, 4, 6)), AssertionError, "inputs_2d must have shape"),
         ("inputs_2d", jnp.zeros((5, 5)), AssertionError, "inputs_2d must have shape"),
-        ("inputs_2d", None, TypeError, "inputs_2d must be an array"),
+        ("inputs_2d", "ARNDC", TypeError, "inputs_2d must be an array"),
         ("mask", jnp.ones((5,)), AssertionError, "mask must have shape"),
         ("mask", jnp.ones((4, 1)), AssertionError, "mask must have shape"),
         ("mask", jnp.ones((5, 1), bool), AssertionError, "mask must be floating-point"),
