@@ -23,6 +23,7 @@ from ipa_haiku.attention.base import (
     assert_shape,
     masked_center,
 )
+from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
 
@@ -43,6 +44,7 @@ class BaseInvariantPointAttention(hk.Module):
         precision: jax.lax.PrecisionLike = None,
         query_block: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        kernel_config: Config | None = None,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -58,6 +60,7 @@ class BaseInvariantPointAttention(hk.Module):
           precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
+          kernel_config: tunables of the kernels, `config` of `invariant_point_attention`.
 
         Raises:
           ValueError: if a size in `config` is missing or not a positive integer.
@@ -71,6 +74,7 @@ class BaseInvariantPointAttention(hk.Module):
         self._implementation = implementation
         self._query_block = query_block
         self._memory_budget = memory_budget
+        self._kernel_config = kernel_config
         self._precision = precision
 
     @abc.abstractmethod
@@ -116,6 +120,7 @@ class BaseInvariantPointAttention(hk.Module):
             query_block=self._query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            config=self._kernel_config,
         )
         if selection.implementation != "reference":
             # Global coordinates lose digits far from the origin; moving all frames changes
@@ -124,11 +129,12 @@ class BaseInvariantPointAttention(hk.Module):
         result = invariant_point_attention(
             *self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation),
             self._logit_scales(),
-            implementation=selection.implementation,
+            implementation=self._implementation,
             precision=self._precision,
-            query_block=selection.query_block,
+            query_block=self._query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
+            config=self._kernel_config,
         )
         point_local = rigid.invert_point(rotation, translation, result.point)
         features = _output_features(result, point_local, self._norm(point_local))

@@ -2,23 +2,26 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from ipa_haiku.attention import reference, xla
+from ipa_haiku.attention import pallas_triton, reference, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
     "xla": xla.attend,
+    "pallas": pallas_triton.attend,
 }
 
-# How many [H, Nq, Nk] arrays of float32 the gradient of `xla` holds at its peak, by XLA:CPU's
-# memory analysis of the module at N = 512 (63 MB).
-_NUM_TEMPORARY = 5
+# How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak: `xla`'s by XLA:CPU's
+# memory analysis of the module at N = 512 (63 MB), `pallas`'s are the logits and their gradient.
+_NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
 DEFAULT_MEMORY_BUDGET = 2 * 2**30
+
+_AF2_PAIR_CHANNEL = 128
 
 
 class Selection(NamedTuple):
@@ -36,6 +39,9 @@ def select_implementation(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    inputs_2d: jax.Array | jax.ShapeDtypeStruct | None = None,
+    dtype: jax.typing.DTypeLike = "float32",
+    config: pallas_triton.Config | None = None,
 ) -> Selection:
     """Tells which implementation would run for attention weights of such a shape.
 
@@ -45,6 +51,9 @@ def select_implementation(
       query_block: as in `invariant_point_attention`.
       memory_budget: as in `invariant_point_attention`.
       return_attention: as in `invariant_point_attention`.
+      inputs_2d: [..., Nq, Nk, C_z], of which the shape counts; None for AlphaFold's 128 channels.
+      dtype: that all arguments promote to.
+      config: as in `invariant_point_attention`.
 
     Returns:
       `Selection` of the implementation, the number of query rows at a time, and the reason.
@@ -73,18 +82,33 @@ def select_implementation(
     if implementation == "reference":
         if query_block is not None:
             raise NotImplementedError(
-                "query_block needs implementation='xla': 'reference' holds all rows at once."
+                "query_block needs implementation='xla' or 'pallas': 'reference' holds all rows at "
+                "once."
             )
         return Selection("reference", None, "asked for by name")
 
-    reason = "exact and fast on every device" if implementation is None else "asked for by name"
+    *batch, num_head, num_query, num_key = shape
+    reason = "asked for by name"
+    if implementation in (None, "pallas"):
+        pair_channel = _AF2_PAIR_CHANNEL if inputs_2d is None else inputs_2d.shape[-1]
+        in_the_way = pallas_triton.unsupported(num_head, pair_channel, dtype, config)
+        if implementation == "pallas" and in_the_way:
+            raise NotImplementedError(
+                f"implementation='pallas' cannot run: {in_the_way}. Use implementation='xla', or "
+                "implementation='reference'."
+            )
+        if implementation is None:
+            implementation, reason = (
+                ("xla", f"exact and fast on every device; not 'pallas', as {in_the_way}")
+                if in_the_way
+                else ("pallas", "fused kernels for this GPU")
+            )
     if query_block is None:
-        *batch, num_head, num_query, num_key = shape
-        bytes_per_row = _NUM_TEMPORARY * 4 * num_head * num_key * math.prod(batch)
+        bytes_per_row = _NUM_TEMPORARY[implementation] * 4 * num_head * num_key * math.prod(batch)
         if bytes_per_row * num_query > memory_budget:
             query_block = max(memory_budget // bytes_per_row, 1)
             reason += f"; in blocks, as temporaries would pass {memory_budget} bytes"
-    return Selection("xla", query_block, reason)
+    return Selection(implementation, query_block, reason)
 
 
 def invariant_point_attention(
@@ -107,6 +131,7 @@ def invariant_point_attention(
     query_block: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
+    config: pallas_triton.Config | None = None,
 ) -> IPAOutput:
     """Invariant point attention over arrays (Suppl. Alg. 22, lines 7 to 10).
 
@@ -129,14 +154,18 @@ def invariant_point_attention(
       k_mask: [..., Nk] 1 where a key is real.
       logit_scales: static factors of the logit terms.
       implementation: 'reference' (AF2's operations in AF2's order), 'xla' (fast, lean, with a
-        hand-written gradient), or None for the best one here (see `select_implementation`).
-      precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. Point
-        distances and softmax statistics are float32 (float64 if any argument is) regardless.
+        hand-written gradient), 'pallas' (fused kernels for NVIDIA GPUs of compute capability 8.0
+        or higher, in float32), or None for the best one on JAX's default device (see
+        `select_implementation`).
+      precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`; 'pallas'
+        is about as accurate as float32 regardless. Point distances and softmax statistics are
+        float32 (float64 if any argument is) regardless.
       query_block: how many query rows to process at a time, so that temporaries stay small; None
-        for as many as `memory_budget` allows. Only 'xla'.
+        for as many as `memory_budget` allows. Not 'reference'.
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
         processed in blocks.
       return_attention: also return the attention weights and the three logit terms.
+      config: tunables of 'pallas', also to run it in Pallas's interpreter; None for the best known.
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
@@ -159,11 +188,16 @@ def invariant_point_attention(
         query_block=query_block,
         memory_budget=memory_budget,
         return_attention=return_attention,
+        inputs_2d=inputs_2d,
+        dtype=inputs.logits_dtype,
+        config=config,
     )
-    options = (
+    options: dict[str, Any] = (
         {"return_attention": return_attention}
         if selection.implementation == "reference"
         else {"query_block": selection.query_block}
     )
+    if selection.implementation == "pallas":
+        options["config"] = config
     attend = IMPLEMENTATIONS[selection.implementation]
     return attend(inputs, logit_scales, precision=precision, **options)
