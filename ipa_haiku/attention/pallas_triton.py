@@ -40,6 +40,7 @@ from ipa_haiku.attention.pallas_triton_tiles import (
     key_side,
     load_pair,
     logits_without_pair,
+    once_differentiable,
     query_side,
     row_index,
     row_mask,
@@ -55,6 +56,9 @@ MAX_PAIR_CHANNEL = 256
 
 # Ampere: the first with TF32 and bfloat16 products and asynchronous copies.
 _LEAST_CAPABILITY = 80
+
+# Of the center of coordinates: 1 part in 2000.
+_CENTER_BITS = 10
 
 _NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 
@@ -144,6 +148,9 @@ def attend(
     config = config or heuristic(inputs.inputs_2d.shape[-1], inputs.inputs_2d.dtype)
     key_center = jnp.mean(inputs.k_point.astype(jnp.float32), axis=(-3, -2))  # [..., Nk, 3]
     center = masked_center(key_center, inputs.k_mask)[..., None, None, None, :]
+    # XLA may compute the center once for queries and once for keys, in another order: in the last
+    # bits they differ, and so would all distances. Anything near the center is as good.
+    center = jax.lax.reduce_precision(center, exponent_bits=8, mantissa_bits=_CENTER_BITS)
     inputs = inputs._replace(
         q_point=inputs.q_point - center, k_point=inputs.k_point - center,
         v_point=inputs.v_point - center,
@@ -171,19 +178,28 @@ def _attend(static: Static, inputs: IPAInputs) -> IPAOutput:
 
 
 def _attend_fwd(static: Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
-    logits = None
+    out, residuals = once_differentiable(functools.partial(_outputs_and_residuals, static))(inputs)
+    return _narrow(out, inputs), (inputs, out, *residuals)
+
+
+_attend.defvjp(_attend_fwd, pallas_triton_vjp.backward)
+
+
+def _outputs_and_residuals(
+    static: Static, inputs: IPAInputs
+) -> tuple[IPAOutput, tuple[Softmax, jax.Array | None]]:
+    """Outputs in float32 (the gradient takes a difference with them), statistics, and logits.
+
+    The logits [Nq, H, Nk] are not kept when rows are processed in blocks.
+    """
     if static.query_block < inputs.num_query:
         rows = (block_starts(static, inputs), split_rows(static, query_side(inputs)))
         out, softmax = jax.lax.map(lambda rows: _forward(static, inputs, *rows)[:2], rows)
         out, softmax = join_rows((out, softmax), inputs.num_query)
-    else:
-        start = jnp.zeros(1, jnp.int32)
-        out, softmax, logits = _forward(static, inputs, start, query_side(inputs))
-    # The wide outputs are kept: the gradient takes a difference with them.
-    return _narrow(out, inputs), (inputs, out, softmax, logits)
-
-
-_attend.defvjp(_attend_fwd, pallas_triton_vjp.backward)
+        return out, (softmax, None)
+    start = jnp.zeros(1, jnp.int32)
+    out, softmax, logits = _forward(static, inputs, start, query_side(inputs))
+    return out, (softmax, logits)
 
 
 def _forward(

@@ -6,7 +6,7 @@ that two kernels hand to each other is [Nq, H, Nk], so that a query's row of all
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,6 +142,20 @@ def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
 def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_TF32_BITS)
     return high, jax.lax.reduce_precision(x - high, exponent_bits=8, mantissa_bits=_TF32_BITS)
+
+
+def once_differentiable(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, a part of a custom gradient, with an error for those who differentiate that."""
+
+    def refuse(*_: Any) -> Any:
+        raise TypeError(
+            "implementation='pallas' has no second derivatives; use implementation='xla' or "
+            "implementation='reference' for those."
+        )
+
+    guarded = jax.custom_jvp(fn)
+    guarded.defjvp(refuse)
+    return guarded
 
 
 class Side(NamedTuple):

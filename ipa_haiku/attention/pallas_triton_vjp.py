@@ -7,6 +7,7 @@ logits take the place of those of the attention weights; sums of them over keys 
 give all other gradients.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from ipa_haiku.attention.pallas_triton_tiles import (
     key_side,
     load_pair,
     logits_without_pair,
+    once_differentiable,
     products,
     query_side,
     row_index,
@@ -60,6 +62,10 @@ class _Sums(NamedTuple):
 
 def backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
     """The gradient of every input; zero for the masks and the pair bias."""
+    return (once_differentiable(functools.partial(_backward, static))(residuals, cotangent),)
+
+
+def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInputs:
     inputs, out, softmax, logits = residuals
     rows = _rows(inputs, out, softmax, cotangent)
     if static.query_block < inputs.num_query:
@@ -80,7 +86,7 @@ def backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IP
         **_queries_and_keys(static, inputs, sum_k, sums.query),
         **zeros,
     )
-    return (IPAInputs(*(g.astype(x.dtype) for g, x in zip(grads, inputs))),)
+    return IPAInputs(*(g.astype(x.dtype) for g, x in zip(grads, inputs)))
 
 
 def _rows(inputs: IPAInputs, out: IPAOutput, softmax: Softmax, cotangent: IPAOutput) -> _Rows:
