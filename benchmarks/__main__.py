@@ -203,7 +203,11 @@ def _print_cost(bench: Bench) -> None:
             print(reason)
             continue
         try:
-            print(report.cost(cost.TARGETS[name].label, cost.compute(name, bench)), end="\n\n", flush=True)
+            print(
+                report.cost(cost.TARGETS[name].label, cost.compute(name, bench)),
+                end="\n\n",
+                flush=True,
+            )
         except RuntimeError as error:
             print(error)
 

@@ -48,14 +48,13 @@ class Config:
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("forward_block", "backward_block", "tile"):
-            if getattr(self, name) < _LEAST_BLOCK:
-                raise ValueError(
-                    f"{name} must be at least {_LEAST_BLOCK}, got {getattr(self, name)}."
-                )
-        for name in ("forward_block", "backward_block", "tile", "num_warps", "num_stages"):
+        least = dict.fromkeys(("forward_block", "backward_block", "tile"), _LEAST_BLOCK)
+        least["num_warps"] = 1
+        for name, size in (least | {"num_stages": 1}).items():
             value = getattr(self, name)
-            if value < 1 or (name != "num_stages" and value & (value - 1)):
+            if value < size:
+                raise ValueError(f"{name} must be at least {size}, got {value}.")
+            if name in least and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}.")
 
 
@@ -253,7 +252,9 @@ def row_mask(b: jax.Array, heads: int, block: int, shape: tuple[int, int]) -> ja
     return _tile_mask(heads, block, shape, 0, b)
 
 
-def load_pair(z: Any, row: jax.Array, b: jax.Array, block: int, shape: tuple[int, int]) -> jax.Array:
+def load_pair(
+    z: Any, row: jax.Array, b: jax.Array, block: int, shape: tuple[int, int]
+) -> jax.Array:
     """Block b of a row of `inputs_2d` [block, C_z padded], zero outside of `shape`."""
     mask = _tile_mask(block, z.shape[-1], shape, b, 0)
     return plgpu.load(z.at[row, pl.ds(b * block, block), :], mask=mask, other=0.0)
@@ -288,9 +289,7 @@ def logits_without_pair(
     k_scalar, k_point, k_mask = map(rows, key)
 
     def spec(x: jax.Array, axis: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, x.shape[1], config.tile), lambda *ids: (ids[2], 0, ids[axis])
-        )
+        return pl.BlockSpec((None, x.shape[1], config.tile), lambda *ids: (ids[2], 0, ids[axis]))
 
     def mask_spec(axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((config.tile,), lambda *ids: (ids[axis],))

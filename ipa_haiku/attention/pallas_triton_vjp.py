@@ -68,6 +68,7 @@ def backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IP
 def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInputs:
     inputs, out, softmax, logits = residuals
     rows = _rows(inputs, out, softmax, cotangent)
+    sum_k: jax.Array
     if static.query_block < inputs.num_query:
         sum_k, sums, dinputs_2d = _rows_in_blocks(static, inputs, rows)
     else:
