@@ -1,4 +1,4 @@
-"""Programs compiled in full for GPUs and a TPU that are not here, where the compilers are installed.
+"""Programs compiled in full for GPUs and a TPU that are not here, if the compilers are installed.
 
 What to install is printed as the reason for skipping; `.ci/run` does so in an environment of its
 own. Bytes are those that kernels read and write, over one read of `inputs_2d`.
