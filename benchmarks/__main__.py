@@ -203,12 +203,16 @@ def _measure(plan: _Plan, out: str | None) -> Results:
 
 
 def _print_cost(bench: Bench) -> None:
-    for name, target in cost.TARGETS.items():
+    for name in cost.REPORTED:
         if reason := cost.missing(name):
             print(reason)
             continue
         try:
-            print(report.cost(target.label, cost.compute(name, bench)), end="\n\n", flush=True)
+            print(
+                report.cost(cost.TARGETS[name].label, cost.compute(name, bench)),
+                end="\n\n",
+                flush=True,
+            )
         except RuntimeError as error:
             print(error)
 

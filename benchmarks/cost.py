@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from benchmarks.cases import Bench, Model
 
 # Device properties in XLA's text format. An H200 has the chip of an H100 and more memory.
-_H200 = """
+_GPUS = {
+    "h200": """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
@@ -31,7 +32,23 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200"
-"""
+""",
+    "a100": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 166912
+  shared_memory_per_core: 167936 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 device_memory_size: 85899345920
+  cuda_compute_capability { major: 8 minor: 0 }
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA A100-SXM4-80GB"
+""",
+}
 
 
 class _Target(NamedTuple):
@@ -39,23 +56,30 @@ class _Target(NamedTuple):
 
     Attributes:
       label: in tables.
+      kind: of the device, as JAX names it.
       modules: that must be installed.
       how_to_install: them, in one line; {version} is JAX's.
     """
 
     label: str
+    kind: str
     modules: tuple[str, ...]
     how_to_install: str
 
 
+_FOR_GPU = (
+    ("jax_cuda13_plugin", "triton"),
+    "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} triton",
+)
+
 TARGETS = {
-    "h200": _Target(
-        "NVIDIA H200",
-        ("jax_cuda13_plugin", "triton"),
-        "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} triton",
-    ),
-    "v5e": _Target("TPU v5e", ("libtpu",), "pip install 'jax[tpu]=={version}'"),
+    "h200": _Target("NVIDIA H200", "NVIDIA H200", *_FOR_GPU),
+    "a100": _Target("NVIDIA A100", "NVIDIA A100-SXM4-80GB", *_FOR_GPU),
+    "v5e": _Target("TPU v5e", "TPU v5 lite", ("libtpu",), "pip install 'jax[tpu]=={version}'"),
 }
+
+# What `python -m benchmarks --cost` prints.
+REPORTED = ("h200", "v5e")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,14 +219,15 @@ def _device(target_name: str) -> tuple[Any, Any]:
     import numpy as np
     from jax.experimental import topologies
 
-    if target_name == "h200":
+    kind = TARGETS[target_name].kind
+    if target_name in _GPUS:
+        platform = "cuda"
         topology = topologies.get_topology_desc(
-            "", platform="cuda", target_config=_H200, topology="1x1x1"
+            "", platform=platform, target_config=_GPUS[target_name], topology="1x1x1"
         )
-        kind, platform = "NVIDIA H200", "cuda"
     else:
-        topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
-        kind, platform = "TPU v5 lite", "tpu"
+        platform = "tpu"
+        topology = topologies.get_topology_desc("v5e:2x2", platform=platform)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # Tells kernels in Pallas what they are lowered for.

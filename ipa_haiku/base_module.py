@@ -26,10 +26,11 @@ from ipa_haiku.attention.base import (
     masked_center,
     segment_center,
 )
+from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
-from ipa_haiku.pair import StructuredPair, is_dense
+from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 
 NUM_LOGIT_TERMS = 3  # scalar, point and pair, each given a third of the logits' variance
 
@@ -49,6 +50,7 @@ class BaseInvariantPointAttention(hk.Module):
         query_block: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         sharding: RowSharding | None = None,
+        kernel_config: Config | None = None,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -65,6 +67,7 @@ class BaseInvariantPointAttention(hk.Module):
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
           sharding: over devices, as in `invariant_point_attention`.
+          kernel_config: tunables of the kernels, `config` of `invariant_point_attention`.
 
         Raises:
           ValueError: if a size in `config` is missing or not a positive integer.
@@ -78,6 +81,7 @@ class BaseInvariantPointAttention(hk.Module):
         self._implementation = implementation
         self._query_block = query_block
         self._memory_budget = memory_budget
+        self._kernel_config = kernel_config
         self._precision = precision
         self._sharding = sharding
 
@@ -126,7 +130,8 @@ class BaseInvariantPointAttention(hk.Module):
             memory_budget=self._memory_budget,
             return_attention=return_attention,
             sharding=self._sharding,
-            dense_pair=is_dense(inputs_2d),
+            pair_channel=num_channel(inputs_2d),
+            config=self._kernel_config,
         )
         if selection.implementation != "reference":
             # Global coordinates lose digits far from the origin; moving all frames of a segment
@@ -141,12 +146,13 @@ class BaseInvariantPointAttention(hk.Module):
         result = invariant_point_attention(
             **inputs._asdict(),
             logit_scales=self._logit_scales(),
-            implementation=selection.implementation,
+            implementation=self._implementation,
             precision=self._precision,
-            query_block=selection.query_block,
+            query_block=self._query_block,
             memory_budget=self._memory_budget,
             return_attention=return_attention,
             sharding=self._sharding,
+            config=self._kernel_config,
         )
         point_local = rigid.invert_point(rotation, translation, result.point)
         features = _output_features(result, point_local, self._norm(point_local))

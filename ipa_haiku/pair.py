@@ -98,6 +98,11 @@ def is_dense(inputs_2d: jax.Array | StructuredPair | None) -> bool:
     return inputs_2d is not None and not isinstance(inputs_2d, StructuredPair)
 
 
+def num_channel(inputs_2d: jax.Array | StructuredPair | None) -> int | None:
+    """Channels C_z of a pair representation that is an [N, N, C_z] array; else None."""
+    return inputs_2d.shape[-1] if is_dense(inputs_2d) else None  # type: ignore[union-attr]
+
+
 def rows_of_table(q_index: jax.Array, k_index: jax.Array, num_rows: int) -> jax.Array:
     """Row of `RelativePositionPair.table` for all pairs of [..., Nq] and [..., Nk] positions."""
     max_distance = num_rows // 2

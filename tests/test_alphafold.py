@@ -18,14 +18,14 @@ from alphafold.model import config as af2_config
 from alphafold.model import quat_affine as af2_quat_affine
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
 from alphafold.model.model import RunModel
+from implementations import ANYWHERE
 
 import ipa_haiku
 import ipa_haiku.folding_multimer
 from ipa_haiku.alphafold import use_in_alphafold
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.testing import assert_within_error_budget
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = [name for name in ANYWHERE if name != "reference"]
 AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
 
 
@@ -255,7 +255,7 @@ def test_the_whole_model(variant):
     positions, plddt = predict()
     assert np.ptp(positions) > 20  # the residues are not all in one place
     assert np.ptp(plddt) > 1
-    for implementation in IMPLEMENTATIONS:
+    for implementation in ANYWHERE:
         with use_in_alphafold(implementation):
             our_positions, our_plddt = predict()
         np.testing.assert_allclose(our_positions, positions, rtol=0, atol=1e-3)

@@ -18,6 +18,7 @@ import pytest
 from ipa_haiku import LogitScales, invariant_point_attention
 from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.attention.base import IPAInputs, IPAOutput
+from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)
@@ -61,6 +62,15 @@ CASES = {
     "bfloat16": Case(13, 13, dtype="bfloat16"),
     "float16": Case(13, 13, dtype="float16", mask="padded"),
 }
+
+
+# What kernels are tested with by default: all that is like "prime" is one compilation.
+PALLAS_CASES = [
+    case
+    for name, case in CASES.items()
+    if case._replace(mask="full", masked_rows=False, points="chain") == CASES["prime"]
+    or name in ("batches", "bfloat16")
+]
 
 
 @functools.cache  # cases of the same shapes share a compilation
@@ -378,6 +388,44 @@ class TestXla(ImplementationTests):
 
 class TestXlaInBlocks(ImplementationTests):
     options: ClassVar = {"implementation": "xla", "query_block": 4}
+
+
+class TestPallas(ImplementationTests):
+    """In Pallas's interpreter, which takes seconds to compile: most of it is slow."""
+
+    options: ClassVar = {
+        "implementation": "pallas",
+        "config": Config(forward_block=16, backward_block=16, tile=16, interpret=True),
+    }
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[] if CASES[name] in PALLAS_CASES else pytest.mark.slow)
+            for name in CASES
+        ],
+    )
+    def test_error_budget(self, name, compute):
+        super().test_error_budget(name, compute)
+
+    def test_float64(self, good):
+        with jax.enable_x64(True):
+            wide = good._replace(v_point=good.v_point.astype(np.float64))
+            message = "it computes in float32, not float64"
+            assert_refused(wide, message, NotImplementedError, **self.options)
+
+    test_numerical_gradients = None  # needs float64
+
+    test_jit_equals_eager = pytest.mark.slow(ImplementationTests.test_jit_equals_eager)
+    test_vmap_equals_loop = pytest.mark.slow(ImplementationTests.test_vmap_equals_loop)
+    test_batch_equals_loop = pytest.mark.slow(ImplementationTests.test_batch_equals_loop)
+    test_checkpoint = pytest.mark.slow(ImplementationTests.test_checkpoint)
+    test_scan = pytest.mark.slow(ImplementationTests.test_scan)
+
+
+@pytest.mark.slow
+class TestPallasInBlocks(TestPallas):
+    options: ClassVar = TestPallas.options | {"query_block": 4}
 
 
 def test_every_implementation_is_tested():

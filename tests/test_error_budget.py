@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from alphafold.model import folding as af2_folding
 from alphafold.model import quat_affine as af2_quat_affine
+from implementations import ANYWHERE
 
 from benchmarks.structure import read_shipped
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.testing import assert_within_error_budget
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = [name for name in ANYWHERE if name != "reference"]
 NOT_ZERO_INIT = types.SimpleNamespace(zero_init=False)
 
 
@@ -36,7 +37,12 @@ def real_inputs(position_scale, offset, seed=0):
 @functools.cache
 def our_module(implementation):
     def apply(inputs_1d, inputs_2d, affine):
-        module = InvariantPointAttention(IPAConfig(), NOT_ZERO_INIT, implementation=implementation)
+        module = InvariantPointAttention(
+            IPAConfig(),
+            NOT_ZERO_INIT,
+            implementation=implementation,
+            kernel_config=Config(interpret=True) if implementation == "pallas" else None,
+        )
         mask = jnp.ones_like(inputs_1d[:, :1])
         return module(inputs_1d, inputs_2d, mask, QuatAffine.from_tensor(affine))
 
@@ -95,7 +101,7 @@ def af2_and_exact(position_scale, offset):
     return stack(af2_module, position_scale, offset), exact
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", [*FAST, pytest.param("pallas", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("position_scale", "offset", "factor"),
     [

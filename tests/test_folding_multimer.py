@@ -18,9 +18,9 @@ import pytest
 from alphafold.model import folding_multimer as af2
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
+from implementations import ANYWHERE
 
 from ipa_haiku import IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.folding_multimer import InvariantPointAttention
 from ipa_haiku.quat_affine import quat_to_rot, rot_list_to_tensor
 from ipa_haiku.testing import assert_se3_invariant, assert_within_error_budget, random_frames
@@ -210,7 +210,7 @@ def test_reference_is_af2_in_float64(size, mask, case, compiled):
 @pytest.mark.usefixtures("af2_in_float64")
 @pytest.mark.parametrize("mask", ["full", "padded", "holed"])
 @pytest.mark.parametrize(("size", "n"), CASES[2:])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_error_budget(implementation, size, n, mask, case, compiled):
     """At most twice AF2's own error, in outputs and gradients of the rows that count."""
     results = []
@@ -250,7 +250,7 @@ def test_frames_of_every_kind(kind, case, sizes_of):
     np.testing.assert_array_equal(jax.jit(module.apply)(params, *arguments), expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_motion_of_all_residues_changes_nothing(implementation, case, sizes_of):
     params, (inputs_1d, inputs_2d, mask, *_), _ = case("tiny", 11, "padded")
     module = our_module(sizes_of("tiny"), FRAMES["pair"], implementation=implementation)
@@ -265,7 +265,7 @@ def test_motion_of_all_residues_changes_nothing(implementation, case, sizes_of):
     assert_se3_invariant(jax.jit(call), frames, key=jax.random.key(1), tolerance=2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("dist_epsilon", [1e-8, 0.5])
 def test_the_norm_is_clamped_as_in_af2(dist_epsilon, implementation, case, sizes_of):
     """Value points in the origins of the frames, all in one place: norms of zero."""
@@ -286,7 +286,7 @@ def test_the_norm_is_clamped_as_in_af2(dist_epsilon, implementation, case, sizes
             assert difference(ours[1][name], expected) <= 1e-5 * largest(expected), name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_batches_are_loops(implementation, sizes_of, make_arguments, make_params):
     sizes = sizes_of("tiny")
     arguments = make_arguments(sizes, 6, mask="padded", batch=(2, 3))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import ANYWHERE
 
 from ipa_haiku import QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.testing import assert_se3_invariant, random_motion
 
 EPS = float(np.finfo(np.float32).eps)
@@ -53,7 +53,7 @@ def relative_change(actual, expected):
     return max(jax.tree.leaves(jax.tree.map(change, actual, expected)))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_rigid_motion_in_float64(implementation, prepare):
     with jax.enable_x64(True):
         inputs, run = prepare("odd", implementation)
@@ -66,7 +66,7 @@ def test_rigid_motion_in_float64(implementation, prepare):
 
 
 @pytest.mark.parametrize("translation", [0, 1, 100, 1000])  # units of 10 A
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_rigid_motion_in_float32(implementation, translation, prepare):
     inputs, run = prepare("af2", implementation)
     frames = QuatAffine.from_tensor(inputs.affine)
@@ -86,7 +86,7 @@ def test_rigid_motion_in_float32(implementation, translation, prepare):
 
 
 @pytest.mark.parametrize("mask", ["full", "holed"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_order_of_residues(implementation, mask, prepare):
     inputs, run = prepare("odd", implementation, mask=mask)
     order = np.random.default_rng(0).permutation(24)
@@ -106,7 +106,7 @@ def test_order_of_residues(implementation, mask, prepare):
     assert relative_change(actual, expected) <= 20 * EPS  # sums of 24 in another order
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_sign_of_quaternions(implementation, prepare):
     inputs, run = prepare("odd", implementation)
     sign = np.random.default_rng(0).choice([-1, 1], size=(24, 1)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_sign_of_quaternions(implementation, prepare):
     jax.tree.map(np.testing.assert_array_equal, run(inputs._replace(affine=flipped)), run(inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_padding(implementation, prepare):
     inputs, run = prepare("odd", implementation, mask="padded")
     n = int(inputs.mask.sum())
@@ -136,7 +136,7 @@ def test_padding(implementation, prepare):
 @pytest.mark.parametrize(
     "frames", ["identity", "half turns", "coincident", "padded with garbage", "padded with zeros"]
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.usefixtures("debug_nans")
 def test_gradients_are_finite(
     implementation, frames, mask, sizes_of, make_inputs, gradients_of_module

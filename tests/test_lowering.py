@@ -4,9 +4,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from implementations import ANYWHERE
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 NUM_RESIDUE, SINGLE_CHANNEL, PAIR_CHANNEL = 128, 384, 128
 
@@ -30,9 +30,13 @@ def loss(implementation, query_block=None):
     return model.apply, (parameters, *shapes)
 
 
+# What Pallas's Triton kernels are called in a lowered program.
+TRITON = "__gpu$xla.gpu.triton"
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(
-    ("implementation", "query_block"), [*((name, None) for name in IMPLEMENTATIONS), ("xla", 32)]
+    ("implementation", "query_block"), [*((name, None) for name in ANYWHERE), ("xla", 32)]
 )
 def test_lowers_for(platform, implementation, query_block):
     apply, shapes = loss(implementation, query_block)
@@ -42,3 +46,28 @@ def test_lowers_for(platform, implementation, query_block):
     text = exported.mlir_module()
     # Products that involve points are float32 products on every device.
     assert "HIGHEST" in text
+
+
+def pretend(kind, platform):
+    """A context in which programs are lowered for a device that need not be there."""
+    device = jax.sharding.AbstractDevice(kind, None, platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+# The forward pass has 3 kernels, the gradient 5, or 6 where it computes the logits anew.
+@pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 8), (32, 9)])
+def test_kernels_are_the_default_on_an_nvidia_gpu(query_block, num_kernel):
+    with pretend("NVIDIA H200", "cuda"):
+        apply, shapes = loss(None, query_block)
+        gradient = jax.jit(jax.grad(apply, argnums=(0, 1, 2, 4)))
+        checks = [jax.export.DisabledSafetyCheck.custom_call(TRITON)]
+        exported = jax.export.export(gradient, platforms=["cuda"], disabled_checks=checks)(*shapes)
+    assert exported.mlir_module().count(TRITON) == num_kernel
+
+
+def test_kernels_do_not_lower_for_tpu():
+    with (
+        pretend("TPU v5 lite", "tpu"),
+        pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, and the device is a tpu"),
+    ):
+        loss("pallas")

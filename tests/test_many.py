@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import ANYWHERE
 
 from ipa_haiku import QuatAffine, folding, folding_multimer
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 EPS = float(np.finfo(np.float32).eps)
 MASKS = ["holed", "padded", "full"]
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("debug_nans")
 @pytest.fixture(
     scope="module",
     params=[
-        *((folding, {"implementation": name}) for name in IMPLEMENTATIONS),
+        *((folding, {"implementation": name}) for name in ANYWHERE),
         (folding, {"query_block": 3}),
         (folding_multimer, {}),
     ],

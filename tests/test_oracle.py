@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from implementations import ANYWHERE
 
 from ipa_haiku import LogitScales, invariant_point_attention
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize(
     ("size", "n", "mask"),
     [

@@ -442,17 +442,17 @@ def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
 
 
 def test_selection():
-    chosen = select_implementation((12, 8192, 8192), dense_pair=False)
+    chosen = select_implementation((12, 8192, 8192), pair_channel=None)
     assert chosen.implementation == "xla"
     assert chosen.query_block == streaming.QUERY_BLOCK
     assert "blocks of queries and keys" in chosen.reason
-    assert select_implementation((12, 9, 9), dense_pair=False).query_block == 9
-    assert select_implementation((12, 9, 9), dense_pair=False, query_block=4).query_block == 4
-    few = select_implementation((12, 8192, 8192), dense_pair=False, memory_budget=2**10)
+    assert select_implementation((12, 9, 9), pair_channel=None).query_block == 9
+    assert select_implementation((12, 9, 9), pair_channel=None, query_block=4).query_block == 4
+    few = select_implementation((12, 8192, 8192), pair_channel=None, memory_budget=2**10)
     assert few.query_block == 1
     assert (
         select_implementation(
-            (12, 9, 9), dense_pair=False, implementation="reference"
+            (12, 9, 9), pair_channel=None, implementation="reference"
         ).implementation
         == "reference"
     )

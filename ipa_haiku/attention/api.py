@@ -3,25 +3,28 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from ipa_haiku.attention import reference, streaming, xla
+from ipa_haiku.attention import pallas_triton, reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
 from ipa_haiku.attention.sharding import RowSharding
-from ipa_haiku.pair import StructuredPair, is_dense
+from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "reference": reference.attend,
     "xla": xla.attend,
+    "pallas": pallas_triton.attend,
 }
 
-# How many [H, Nq, Nk] arrays of float32 the gradient of `xla` holds at its peak, by XLA:CPU's
-# memory analysis of the module at N = 512 (63 MB).
-_NUM_TEMPORARY = 5
+# How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak: `xla`'s by XLA:CPU's
+# memory analysis of the module at N = 512 (63 MB), `pallas`'s are the logits and their gradient.
+_NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
 DEFAULT_MEMORY_BUDGET = 2 * 2**30
+
+_AF2_PAIR_CHANNEL = 128
 
 
 class Selection(NamedTuple):
@@ -40,7 +43,9 @@ def select_implementation(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     return_attention: bool = False,
     sharding: RowSharding | None = None,
-    dense_pair: bool = True,
+    pair_channel: int | None = _AF2_PAIR_CHANNEL,
+    dtype: jax.typing.DTypeLike = "float32",
+    config: pallas_triton.Config | None = None,
 ) -> Selection:
     """Tells which implementation would run for attention weights of such a shape.
 
@@ -51,8 +56,10 @@ def select_implementation(
       memory_budget: as in `invariant_point_attention`.
       return_attention: as in `invariant_point_attention`.
       sharding: as in `invariant_point_attention`; what is chosen suits the rows of one device.
-      dense_pair: whether `inputs_2d` is an array. If it is a structured pair or None, 'xla' always
-        goes through blocks of queries and keys.
+      pair_channel: channels C_z of `inputs_2d`; None if that is no array. 'xla' then always goes
+        through blocks of queries and keys, and 'pallas' cannot run.
+      dtype: that all arguments promote to.
+      config: as in `invariant_point_attention`.
 
     Returns:
       `Selection` of the implementation, the number of query rows at a time, and the reason.
@@ -84,24 +91,38 @@ def select_implementation(
     if implementation == "reference":
         if query_block is not None:
             raise NotImplementedError(
-                "query_block needs implementation='xla': 'reference' holds all rows at once."
+                "query_block needs implementation='xla' or 'pallas': 'reference' holds all rows at "
+                "once."
             )
         return Selection("reference", None, "asked for by name")
 
-    reason = "exact and fast on every device" if implementation is None else "asked for by name"
     *batch, num_head, num_query, num_key = shape
+    reason = "asked for by name"
+    if implementation in (None, "pallas"):
+        in_the_way = pallas_triton.unsupported(num_head, pair_channel, dtype, config)
+        if implementation == "pallas" and in_the_way:
+            raise NotImplementedError(
+                f"implementation='pallas' cannot run: {in_the_way}. Use implementation='xla', or "
+                "implementation='reference'."
+            )
+        if implementation is None:
+            implementation, reason = (
+                ("xla", f"exact and fast on every device; not 'pallas', as {in_the_way}")
+                if in_the_way
+                else ("pallas", "fused kernels for this GPU")
+            )
     block = None  # all rows
-    if not dense_pair:
+    if pair_channel is None:
         reason += "; in blocks of queries and keys, as inputs_2d is no array"
         num_key = min(num_key, streaming.KEY_BLOCK)
         num_query = block = min(num_query, streaming.QUERY_BLOCK)
     if query_block is None:
         query_block = block
-        bytes_per_row = _NUM_TEMPORARY * 4 * num_head * num_key * math.prod(batch)
+        bytes_per_row = _NUM_TEMPORARY[implementation] * 4 * num_head * num_key * math.prod(batch)
         if bytes_per_row * num_query > memory_budget:
             query_block = max(memory_budget // bytes_per_row, 1)
             reason += f"; in blocks, as temporaries would pass {memory_budget} bytes"
-    return Selection("xla", query_block, reason)
+    return Selection(implementation, query_block, reason)
 
 
 def invariant_point_attention(
@@ -127,6 +148,7 @@ def invariant_point_attention(
     q_segment_ids: jax.Array | None = None,
     k_segment_ids: jax.Array | None = None,
     sharding: RowSharding | None = None,
+    config: pallas_triton.Config | None = None,
 ) -> IPAOutput:
     """Invariant point attention over arrays (Suppl. Alg. 22, lines 7 to 10).
 
@@ -151,11 +173,14 @@ def invariant_point_attention(
       k_mask: [..., Nk] 1 where a key is real.
       logit_scales: static factors of the logit terms.
       implementation: 'reference' (AF2's operations in AF2's order), 'xla' (fast, lean, with a
-        hand-written gradient), or None for the best one here (see `select_implementation`).
-      precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. Point
-        distances and softmax statistics are float32 (float64 if any argument is) regardless.
+        hand-written gradient), 'pallas' (fused kernels for NVIDIA GPUs of compute capability 8.0
+        or higher, in float32), or None for the best one on JAX's default device (see
+        `select_implementation`).
+      precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`; 'pallas'
+        is about as accurate as float32 regardless. Point distances and softmax statistics are
+        float32 (float64 if any argument is) regardless.
       query_block: how many query rows to process at a time, so that temporaries stay small; None
-        for as many as `memory_budget` allows. Only 'xla'.
+        for as many as `memory_budget` allows. Not 'reference'.
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
         processed in blocks.
       return_attention: also return the attention weights and the three logit terms.
@@ -165,6 +190,7 @@ def invariant_point_attention(
       k_segment_ids: [..., Nk], given if and only if `q_segment_ids` is.
       sharding: which devices compute which rows; None for no more than JAX itself makes of sharded
         arguments. `memory_budget` is then that of each device.
+      config: tunables of 'pallas', also to run it in Pallas's interpreter; None for the best known.
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
@@ -190,13 +216,17 @@ def invariant_point_attention(
         memory_budget=memory_budget,
         return_attention=return_attention,
         sharding=sharding,
-        dense_pair=is_dense(inputs_2d),
+        pair_channel=num_channel(inputs_2d),
+        dtype=inputs.logits_dtype,
+        config=config,
     )
-    options = (
+    options: dict[str, Any] = (
         {"return_attention": return_attention}
         if selection.implementation == "reference"
         else {"query_block": selection.query_block}
     )
+    if selection.implementation == "pallas":
+        options["config"] = config
     attend = IMPLEMENTATIONS[selection.implementation]
     if selection.implementation == "xla" and not is_dense(inputs_2d):
         attend = streaming.attend

@@ -1,0 +1,133 @@
+"""The fused kernels on a GPU: `pytest -m gpu` where JAX sees an NVIDIA GPU of capability >= 8.0."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipa_haiku import LogitScales, invariant_point_attention, select_implementation
+from ipa_haiku.attention import pallas_triton
+from ipa_haiku.testing import assert_within_error_budget
+
+AF2_HEADS, AF2_PAIR_CHANNEL = 12, 128
+REASON = pallas_triton.unsupported(AF2_HEADS, AF2_PAIR_CHANNEL, "float32")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(REASON is not None, reason=f"no GPU for the kernels: {REASON}"),
+]
+
+SCALES = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
+
+CASES = {
+    "one": {"num_query": 1},
+    "prime": {"num_query": 61},
+    "a_block_and_one": {"num_query": 65, "mask": "holed"},
+    "128": {"num_query": 128, "mask": "padded"},
+    "fewer_queries": {"num_query": 37, "num_key": 200},
+    "odd_sizes": {"size": "odd", "num_query": 50, "num_key": 77, "mask": "holed"},
+    "batch": {"num_query": 50, "batch": (2,)},
+    "far": {"num_query": 128, "points": "far"},
+    "coincident": {"num_query": 40, "points": "coincident"},
+    "all_masked": {"num_query": 40, "mask": "zero"},
+    "256": {"num_query": 256},
+    "bfloat16": {"num_query": 256, "dtype": "bfloat16"},
+    "float16": {"num_query": 100, "dtype": "float16"},
+    "512": {"num_query": 512, "mask": "holed"},
+    "1024": {"num_query": 1024, "mask": "padded"},
+}
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "query_block"))
+def run(inputs, cotangents, implementation, query_block=None):
+    """Outputs and the gradients of all arguments but masks and pair bias, which is exactly zero."""
+
+    def fn(inputs):
+        return invariant_point_attention(
+            *inputs, SCALES, implementation=implementation, query_block=query_block,
+            # What the fast one is compared with must not go through TF32.
+            precision=jax.lax.Precision.HIGHEST,
+        )[:3]  # fmt: skip
+
+    outputs, pull_back = jax.vjp(fn, inputs)
+    (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
+    gradients = gradients._asdict()
+    for name in ("q_mask", "k_mask", "pair_bias"):
+        gradients.pop(name)
+    return outputs, gradients
+
+
+@pytest.fixture
+def problem(sizes_of, make_core_inputs):
+    """From a case to inputs and cotangents, which are zero in rows of masked queries."""
+
+    def problem(size="af2", num_key=None, **options):
+        inputs = make_core_inputs(sizes_of(size), num_key=num_key, **options)
+        rng = np.random.default_rng(1)
+        shapes = jax.eval_shape(
+            lambda: invariant_point_attention(*inputs, SCALES, implementation="reference")[:3]
+        )
+        rows = np.asarray(inputs.q_mask) if np.any(inputs.q_mask) else 1 + 0 * inputs.q_mask
+        cotangents = [
+            jnp.asarray(rng.normal(size=x.shape), x.dtype)
+            * jnp.expand_dims(rows, range(rows.ndim, x.ndim)).astype(x.dtype)
+            for x in shapes
+        ]
+        return inputs, tuple(cotangents), rows
+
+    return problem
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_budget(name, problem):
+    inputs, cotangents, rows = problem(**CASES[name])
+
+    def valid(result):
+        outputs, gradients = jax.device_get(result)
+        return [x[rows == 1] for x in outputs], gradients
+
+    fast = valid(run(inputs, cotangents, "pallas"))
+    reference = valid(run(inputs, cotangents, "reference"))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, cotangents))
+        exact = valid(run(*wide, "reference"))
+    # Gradients that are exactly zero, such as the queries' with a single key, keep rounding.
+    fast = jax.tree.map(
+        lambda x, y: x if np.any(y) else np.where(np.abs(x) < 1e-4, 0, x), fast, exact
+    )
+    assert_within_error_budget(fast, reference, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_runs_give_the_same_bits(dtype, problem):
+    inputs, cotangents, _ = problem(num_query=300, dtype=dtype)
+    first, second = (jax.device_get(run(inputs, cotangents, "pallas")) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_blocks_of_rows_change_nothing_but_rounding(problem):
+    inputs, cotangents, _ = problem(num_query=200, mask="holed")
+    whole = run(inputs, cotangents, "pallas")
+    blocks = run(inputs, cotangents, "pallas", query_block=64)
+
+    def assert_close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+    jax.tree.map(assert_close, *jax.device_get((blocks, whole)))
+
+
+def test_the_kernels_are_the_default(problem):
+    inputs, cotangents, _ = problem(num_query=64)
+    assert select_implementation((12, 64, 64)).implementation == "pallas"
+    chex.assert_trees_all_equal(run(inputs, cotangents, None), run(inputs, cotangents, "pallas"))
+
+
+def test_the_interpreter_agrees(problem):
+    inputs, _, _ = problem(num_query=64)
+    attend = functools.partial(invariant_point_attention, *inputs, SCALES, implementation="pallas")
+    interpreted = attend(config=pallas_triton.Config(interpret=True))
+    for x, y in zip(attend()[:3], interpreted[:3]):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max())

@@ -1,0 +1,142 @@
+"""What is special to the fused kernels; `test_attention.py` holds what all implementations promise.
+
+They run in Pallas's interpreter here, and on a GPU in `test_gpu.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipa_haiku import LogitScales, invariant_point_attention, select_implementation
+from ipa_haiku.attention import pallas_triton
+from ipa_haiku.attention.pallas_triton import Config
+
+SCALES = LogitScales(scalar=(1 / 16) ** 0.5, pair=1.0, total=(1 / 3) ** 0.5)
+INTERPRET = Config(forward_block=16, backward_block=16, tile=16, interpret=True)
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes the kernels believe in a device: (platform, compute capability times ten)."""
+    return lambda *device: monkeypatch.setattr(pallas_triton, "_device", lambda: device)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def outputs_and_gradients(inputs, config, query_block=None):
+    def fn(inputs):
+        return invariant_point_attention(
+            *inputs, SCALES, implementation="pallas", config=config, query_block=query_block
+        )[:3]
+
+    outputs, pull_back = jax.vjp(fn, inputs)
+    cotangents = [jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype) for x in outputs]
+    return outputs, pull_back(tuple(cotangents))[0]
+
+
+@pytest.fixture
+def inputs(sizes_of, make_core_inputs):
+    # Heads, channels and residues are not powers of two and fill no block; 3 blocks of keys.
+    return make_core_inputs(sizes_of("odd"), 7, 35, mask="holed")
+
+
+def assert_same_bits(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), jax.device_get(expected))
+
+
+def test_two_runs_give_the_same_bits(inputs):
+    assert_same_bits(
+        outputs_and_gradients(inputs, INTERPRET), outputs_and_gradients(inputs, INTERPRET)
+    )
+
+
+def test_blocks_of_rows_change_nothing_but_rounding(inputs):
+    whole = outputs_and_gradients(inputs, INTERPRET)
+    blocks = outputs_and_gradients(inputs, INTERPRET, query_block=3)
+
+    # Sums over rows have another order. What is exactly zero is zero in both.
+    def assert_close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=20 * EPS * np.abs(y).max())
+
+    jax.tree.map(assert_close, blocks, whole)
+
+
+def test_masks_and_pair_bias_have_zero_gradients(inputs):
+    _, gradients = outputs_and_gradients(inputs, INTERPRET)
+    for name in ("pair_bias", "q_mask", "k_mask"):
+        assert not np.any(getattr(gradients, name))
+
+
+def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):
+    pretend("gpu", 80)
+    assert select_implementation((12, 64, 64)).implementation == "pallas"
+    assert select_implementation((12, 64, 64), dtype="bfloat16").implementation == "pallas"
+    assert select_implementation((12, 64, 64), implementation="xla").implementation == "xla"
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "reason"),
+    [
+        (("cpu", None), {}, "needs an NVIDIA GPU, and the device is a cpu"),
+        (("tpu", None), {}, "needs an NVIDIA GPU, and the device is a tpu"),
+        (("gpu", 75), {}, "compute capability 8.0 or higher, this one has 7.5"),
+        (("gpu", None), {}, "compute capability 8.0 or higher, this one has another"),
+        (("gpu", 90), {"dtype": "float64"}, "it computes in float32, not float64"),
+        (("gpu", 90), {"num_head": 33}, "it takes up to 32 heads, not 33"),
+        (("gpu", 90), {"pair_channel": 257}, "up to 256 channels of inputs_2d, not 257"),
+    ],
+)
+def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
+    device, arguments, reason, pretend
+):
+    pretend(*device)
+    num_head = arguments.pop("num_head", 12)
+    pair_channel = arguments.pop("pair_channel", 128)
+    select = functools.partial(
+        select_implementation,
+        (num_head, 64, 64),
+        inputs_2d=jax.ShapeDtypeStruct((64, 64, pair_channel), jnp.float32),
+        **arguments,
+    )
+    with pytest.raises(NotImplementedError, match=reason):
+        select(implementation="pallas")
+    selection = select()
+    assert selection.implementation == "xla"
+    assert reason in selection.reason
+
+
+def test_the_function_refuses_too(inputs):
+    with pytest.raises(NotImplementedError, match="and the device is a cpu"):
+        invariant_point_attention(*inputs, SCALES, implementation="pallas")
+
+
+def test_large_inputs_are_processed_in_blocks(pretend):
+    pretend("gpu", 90)
+    # Two arrays [H, Nq, Nk] of float32.
+    assert select_implementation((12, 4096, 4096)).query_block is None
+    selection = select_implementation((12, 8192, 8192))
+    assert selection.query_block == 2 * 2**30 // (2 * 4 * 12 * 8192)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forward_block": 48}, "forward_block must be a power of two, got 48"),
+        ({"backward_block": 8}, "backward_block must be at least 16, got 8"),
+        ({"tile": 0}, "tile must be at least 16, got 0"),
+        ({"num_warps": 3}, "num_warps must be a power of two, got 3"),
+        ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
+    ],
+)
+def test_useless_tunables_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**arguments)
+
+
+def test_heuristics():
+    assert pallas_triton.heuristic(128, "float32") == Config()
+    assert pallas_triton.heuristic(128, "bfloat16").forward_block == 64
+    assert pallas_triton.heuristic(256, "float32").forward_block == 16
