@@ -230,20 +230,22 @@ def _check_arrays(
 
 
 def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of the unmasked points, to subtract before arithmetic that cancels large coordinates.
+    """About the mean of the unmasked points, to subtract before arithmetic that cancels digits.
 
-    No result depends on it but by rounding, so it carries no gradient.
+    No result depends on it but by rounding, as long as all points move by the very same numbers.
+    XLA may compute it more than once and add up in another order, so it is made of whole numbers,
+    whose sums are exact: the mean to within 1 (nearer would gain nothing, as proteins are larger).
 
     Args:
       points: [..., N, 3], finite also where masked.
       mask: [..., N].
 
     Returns:
-      [..., 3]; zero where everything is masked.
+      [..., 3], without gradient; zero where everything is masked.
     """
-    weights = mask[..., None].astype(points.dtype)
-    total = jnp.maximum(jnp.sum(weights, axis=-2), 1.0)
-    return jax.lax.stop_gradient(jnp.sum(weights * points, axis=-2) / total)
+    weights = (mask > 0).astype(jnp.int32)
+    total = jnp.sum(weights[..., None] * _whole(points), axis=-2)
+    return _quotient(total, jnp.sum(weights, axis=-1), points.dtype)
 
 
 def segment_center(
@@ -260,15 +262,22 @@ def segment_center(
       of_segment_ids: [..., M] segments whose centers to return.
 
     Returns:
-      [..., M, 3]; zero for a segment without unmasked points.
+      [..., M, 3], without gradient; zero for a segment without unmasked points.
     """
-    # A comparison per pair costs little beside attention, fuses into the sums, needs neither a
-    # sort nor a scatter and sums in the same order on every run.
+    # A comparison per pair costs little beside attention and needs neither a sort nor a scatter.
     same = of_segment_ids[..., :, None] == segment_ids[..., None, :]  # [..., M, N]
-    weights = jnp.where(same, mask[..., None, :].astype(points.dtype), 0.0)
-    total = jnp.maximum(jnp.sum(weights, axis=-1), 1.0)
-    sums = [jnp.sum(weights * points[..., None, :, d], axis=-1) for d in range(3)]
-    return jax.lax.stop_gradient(jnp.stack(sums, axis=-1) / total[..., None])
+    weights = (same & (mask > 0)[..., None, :]).astype(jnp.int32)
+    whole = _whole(points)
+    totals = [jnp.sum(weights * whole[..., None, :, d], axis=-1) for d in range(3)]
+    return _quotient(jnp.stack(totals, axis=-1), jnp.sum(weights, axis=-1), points.dtype)
+
+
+def _whole(points: jax.Array) -> jax.Array:
+    return jnp.round(jax.lax.stop_gradient(points)).astype(jnp.int32)
+
+
+def _quotient(total: jax.Array, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return (total // jnp.maximum(count, 1)[..., None]).astype(dtype)
 
 
 def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ipa_haiku.attention import pallas_triton_vjp
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, masked_center
+from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, centers
 from ipa_haiku.attention.pallas_triton_tiles import (
     Config,
     Side,
@@ -56,9 +56,6 @@ MAX_PAIR_CHANNEL = 256
 
 # Ampere: the first with TF32 and bfloat16 products and asynchronous copies.
 _LEAST_CAPABILITY = 80
-
-# Of the center of coordinates: 1 part in 2000.
-_CENTER_BITS = 10
 
 _NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 
@@ -151,14 +148,10 @@ def attend(
     """
     del precision
     config = config or heuristic(inputs.inputs_2d.shape[-1], inputs.inputs_2d.dtype)
-    key_center = jnp.mean(inputs.k_point.astype(jnp.float32), axis=(-3, -2))  # [..., Nk, 3]
-    center = masked_center(key_center, inputs.k_mask)[..., None, None, None, :]
-    # XLA may compute the center once for queries and once for keys, in another order: in the last
-    # bits they differ, and so would all distances. Anything near the center is as good.
-    center = jax.lax.reduce_precision(center, exponent_bits=8, mantissa_bits=_CENTER_BITS)
+    q_center, k_center = centers(inputs)
     inputs = inputs._replace(
-        q_point=inputs.q_point - center, k_point=inputs.k_point - center,
-        v_point=inputs.v_point - center,
+        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
+        v_point=inputs.v_point - k_center,
     )  # fmt: skip
     query_block = min(query_block or inputs.num_query, inputs.num_query)
     attend_batch = functools.partial(_attend, Static(scales, config, query_block))
@@ -174,7 +167,7 @@ def attend(
                 "mode (jvp, jacfwd, linearize); use implementation='reference' for that."
             ) from error
         raise
-    return out._replace(point=out.point + center)
+    return out._replace(point=out.point + q_center)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

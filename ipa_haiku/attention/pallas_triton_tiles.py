@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ipa_haiku.attention.base import MASK_PENALTY, IPAInputs, LogitScales
+from ipa_haiku.attention.base import MASK_PENALTY, SEGMENT_PENALTY, IPAInputs, LogitScales
 
 # Rows and columns that a tensor core takes at least.
 _LEAST_BLOCK = 16
@@ -163,16 +163,17 @@ class Side(NamedTuple):
     scalar: jax.Array  # [N, H, C]
     point: jax.Array  # [N, H, P*3] recentred
     mask: jax.Array  # [N]
+    segment: Any  # [N] segment ids, if any
 
 
 def query_side(inputs: IPAInputs) -> Side:
     """The queries' side of the logits."""
-    return _widen(Side(inputs.q_scalar, flat(inputs.q_point), inputs.q_mask))
+    return _widen(Side(inputs.q_scalar, flat(inputs.q_point), inputs.q_mask, inputs.q_segment_ids))
 
 
 def key_side(inputs: IPAInputs) -> Side:
     """The keys' side of the logits."""
-    return _widen(Side(inputs.k_scalar, flat(inputs.k_point), inputs.k_mask))
+    return _widen(Side(inputs.k_scalar, flat(inputs.k_point), inputs.k_mask, inputs.k_segment_ids))
 
 
 def values(inputs: IPAInputs) -> jax.Array:
@@ -186,7 +187,10 @@ def flat(points: jax.Array) -> jax.Array:
 
 
 def _widen(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    """Floating-point arrays as float32."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 # --- query rows in blocks ------------------------------------------------------------------------
@@ -273,7 +277,7 @@ def transposed_pair_weights(inputs: IPAInputs) -> jax.Array:
 def logits_without_pair(
     static: Static, query: Side, key: Side, point_weights: jax.Array
 ) -> jax.Array:
-    """Scalar, point and mask terms of the logits (Suppl. Alg. 22, line 7) [Nq, H, Nk].
+    """Logits [Nq, H, Nk] but for the pair term (Suppl. Alg. 22, line 7).
 
     Sums of products and of squared differences of float32, nothing expanded.
     """
@@ -285,8 +289,8 @@ def logits_without_pair(
         x = jnp.moveaxis(x, 0, -1)
         return pad(x, (*x.shape[:-1], round_up(x.shape[-1], config.tile)))
 
-    q_scalar, q_point, q_mask = map(rows, query)  # [H, C, Nq padded], ...
-    k_scalar, k_point, k_mask = map(rows, key)
+    q_scalar, q_point, q_mask = map(rows, query[:3])  # [H, C, Nq padded], ...
+    k_scalar, k_point, k_mask = map(rows, key[:3])
 
     def spec(x: jax.Array, axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, x.shape[1], config.tile), lambda *ids: (ids[2], 0, ids[axis]))
@@ -294,7 +298,7 @@ def logits_without_pair(
     def mask_spec(axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((config.tile,), lambda *ids: (ids[axis],))
 
-    return call(
+    logits = call(
         config,
         functools.partial(_logits_kernel, scales=static.scales, shape=(num_query, num_key)),
         grid=(pl.cdiv(num_query, config.tile), pl.cdiv(num_key, config.tile), num_head),
@@ -305,6 +309,10 @@ def logits_without_pair(
         out_specs=pl.BlockSpec((config.tile, None, config.tile), lambda i, j, h: (i, h, j)),
         out_shape=jax.ShapeDtypeStruct((num_query, num_head, num_key), jnp.float32),
     )(q_scalar, k_scalar, q_point, k_point, point_weights, q_mask, k_mask)  # fmt: skip
+    if query.segment is None:
+        return logits
+    differ = query.segment[:, None, None] != key.segment
+    return logits - static.scales.total * SEGMENT_PENALTY * differ
 
 
 def _logits_kernel(

@@ -77,6 +77,7 @@ def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInpu
 
     dv_scalar, dv_point = jnp.split(sums.value, [inputs.v_scalar.shape[-1]], axis=-1)
     zeros = {name: jnp.zeros_like(getattr(inputs, name)) for name in ("q_mask", "k_mask")}
+    inputs = inputs._replace(q_segment_ids=None, k_segment_ids=None)  # have no gradient
     grads = IPAInputs(
         v_scalar=dv_scalar,
         v_point=dv_point.reshape(inputs.v_point.shape),
@@ -87,7 +88,7 @@ def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInpu
         **_queries_and_keys(static, inputs, sum_k, sums.query),
         **zeros,
     )
-    return IPAInputs(*(g.astype(x.dtype) for g, x in zip(grads, inputs)))
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
 
 
 def _rows(inputs: IPAInputs, out: IPAOutput, softmax: Softmax, cotangent: IPAOutput) -> _Rows:
@@ -118,8 +119,9 @@ def _rows_in_blocks(
         pair_weights=jnp.zeros((num_head, inputs.inputs_2d.shape[-1])),
     )
     blocks = (block_starts(static, inputs), split_rows(static, rows))
-    carry, sum_k = jax.lax.scan(step, (sums, jnp.zeros_like(inputs.inputs_2d)), blocks)
-    return join_rows(sum_k, inputs.num_query), *carry
+    empty = (sums, jnp.zeros_like(inputs.inputs_2d))
+    (sums, dinputs_2d), sum_k = jax.lax.scan(step, empty, blocks)
+    return join_rows(sum_k, inputs.num_query), sums, dinputs_2d
 
 
 def _rows_gradient(

@@ -121,29 +121,46 @@ def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
     k_scalar = jnp.moveaxis(x.k_scalar, 0, -1)  # [H, C, Nk]
     logits = jnp.matmul(q_scalar, k_scalar, precision=static.precision)
 
-    q_point = jnp.moveaxis(_flat(x.q_point), 0, -1)  # [H, P*3, Nq]
-    k_point = jnp.moveaxis(_flat(x.k_point), 0, -1)  # [H, P*3, Nk]
-    square_distance = sum(
-        jnp.square(q_point[:, i, :, None] - k_point[:, i, None, :]) for i in range(q_point.shape[1])
-    )
     # All of inputs_2d as one tall matrix; transposing the small result is cheaper than any
     # contraction that puts heads first.
     z = x.inputs_2d.reshape(-1, x.inputs_2d.shape[-1])
     pair = jnp.matmul(z, scales.pair * x.pair_weights, precision=static.precision)
     pair = (pair + scales.pair * x.pair_bias).reshape(x.num_query, x.num_key, x.num_head)
 
-    terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * square_distance
+    terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * _square_distance(x)
     mask_2d = x.q_mask[:, None] * x.k_mask
     terms = terms - MASK_PENALTY * (1.0 - mask_2d)
     terms = subtract_segment_penalty(terms, x)
-    # Rounding to its own precision changes nothing, and XLA:CPU does not fuse it into the matmul
-    # above: without it, that fusion takes in half of the distances, and the other half is written
-    # out, at three times the cost.
-    info = jnp.finfo(terms.dtype)
-    terms = jax.lax.reduce_precision(terms, info.nexp, info.nmant)
-    logits = scales.total * (logits + terms)
+    logits = scales.total * (logits + _in_one_loop(terms))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return weights, 1.0 / jnp.sum(weights, axis=-1)
+
+
+def _square_distance(x: IPAInputs) -> jax.Array:
+    """Squared distances of query and key points, summed over points [H, Nq, Nk]."""
+    return _sum_of_squares(_coordinates(x.q_point), _coordinates(x.k_point))
+
+
+def _coordinates(points: jax.Array) -> jax.Array:
+    """[N, H, P, 3] -> [H, P*3, N]."""
+    return jnp.moveaxis(_flat(points), 0, -1)
+
+
+def _sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Squared differences of coordinates [..., P*3, Nq] and [..., P*3, Nk], summed over them."""
+    squares = (jnp.square(q[..., i, :, None] - k[..., i, None, :]) for i in range(q.shape[-2]))
+    return sum(squares, start=jnp.zeros((), q.dtype))
+
+
+def _in_one_loop(x: jax.Array) -> jax.Array:
+    """`x`, made of distances, which XLA:CPU so computes without writing out a part of them.
+
+    It fuses half of a long sum into the matmul or the reduction that takes `x`, and the other half
+    becomes an array, at 3 to 15 times the cost. It fuses neither into a rounding, and this one, to
+    the precision that `x` has, changes nothing.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _outputs(static: _Static, x: IPAInputs, weights: jax.Array, scale: jax.Array) -> IPAOutput:
@@ -211,7 +228,8 @@ def _backward_queries_and_keys(
     """Gradients of scalar and point queries and keys, and of the point weights.
 
     With g = dlogits, d(q_point) = -w sum_k g_qk (Q_q - K_k) = w (sum_k g K_k - Q_q sum_k g), and
-    likewise for keys: two products give all four gradients, and the point weights' as well.
+    likewise for keys: two products give all four gradients. The point weights' could come from
+    them, too, but as a difference of sums over coordinates, which are larger than distances.
     """
     q_point, k_point = _flat(x.q_point), _flat(x.k_point)
     keys = jnp.concatenate([x.k_scalar, k_point, jnp.ones_like(k_point[..., :1])], axis=-1)
@@ -223,15 +241,18 @@ def _backward_queries_and_keys(
     dk_scalar, sum_q_point, sum_k_one = jnp.split(sums_k, at, axis=-1)
 
     w = x.point_weights[:, None]
-    # sum g |Q - K|^2 = sum_q Q (Q sum_k g - sum_k g K) + sum_k K (K sum_q g - sum_q g Q)
     to_q, to_k = sum_k_point - q_point * sum_q_one, sum_q_point - k_point * sum_k_one
-    dpoint_weights = 0.5 * (jnp.sum(q_point * to_q, (0, 2)) + jnp.sum(k_point * to_k, (0, 2)))
+    # One head at a time, so that no [H, Nq, Nk] array more is needed.
+    sums_of_squares = jax.lax.map(
+        lambda head: jnp.sum(_in_one_loop(head[0] * _sum_of_squares(*head[1:]))),
+        (dlogits, _coordinates(x.q_point), _coordinates(x.k_point)),
+    )
     return {
         "q_scalar": static.scales.scalar * dq_scalar,
         "k_scalar": static.scales.scalar * dk_scalar,
         "q_point": (w * to_q).reshape(x.q_point.shape),
         "k_point": (w * to_k).reshape(x.k_point.shape),
-        "point_weights": dpoint_weights,
+        "point_weights": -0.5 * sums_of_squares,
     }
 
 
