@@ -15,11 +15,11 @@ from alphafold.model import all_atom_multimer, folding, folding_multimer, prng
 from alphafold.model import config as af2_config
 from alphafold.model import quat_affine as af2_quat_affine
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
+from runnable import IMPLEMENTATIONS
 
 import ipa_haiku
 import ipa_haiku.folding_multimer
 from ipa_haiku.alphafold import use_in_alphafold
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.testing import assert_within_error_budget
 
 AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention

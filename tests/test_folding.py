@@ -18,9 +18,9 @@ from alphafold.model import config as af2_config
 from alphafold.model import folding as af2
 from alphafold.model import prng
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine, rigid
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parent / "data" / "parameters_monomer.json"
 MASKS = ["full", "padded", "holed", "zero"]

@@ -18,9 +18,9 @@ import pytest
 from alphafold.model import folding_multimer as af2
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.folding_multimer import InvariantPointAttention
 from ipa_haiku.quat_affine import quat_to_rot, rot_list_to_tensor
 from ipa_haiku.testing import assert_se3_invariant, assert_within_error_budget, random_frames

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.testing import assert_se3_invariant, random_motion
 
 EPS = float(np.finfo(np.float32).eps)

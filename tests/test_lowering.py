@@ -4,9 +4,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 NUM_RESIDUE, SINGLE_CHANNEL, PAIR_CHANNEL = 128, 384, 128
 
@@ -33,12 +33,10 @@ def loss(implementation, query_block=None):
 # What Pallas's Triton kernels are called in a lowered program.
 TRITON = "__gpu$xla.gpu.triton"
 
-ANYWHERE = [name for name in IMPLEMENTATIONS if name != "pallas"]
-
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(
-    ("implementation", "query_block"), [*((name, None) for name in ANYWHERE), ("xla", 32)]
+    ("implementation", "query_block"), [*((name, None) for name in IMPLEMENTATIONS), ("xla", 32)]
 )
 def test_lowers_for(platform, implementation, query_block):
     apply, shapes = loss(implementation, query_block)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import LogitScales, invariant_point_attention
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runnable import IMPLEMENTATIONS
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.api import IMPLEMENTATIONS
 
 N, NUM_LAYER = 6, 8
 CONFIG = IPAConfig(2, 4, 3, 2, 3, num_channel=8)  # as many channels out as in

@@ -68,7 +68,6 @@ def backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IP
 def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInputs:
     inputs, out, softmax, logits = residuals
     rows = _rows(inputs, out, softmax, cotangent)
-    sum_k: jax.Array
     if static.query_block < inputs.num_query:
         sum_k, sums, dinputs_2d = _rows_in_blocks(static, inputs, rows)
     else:
@@ -118,6 +117,7 @@ def _rows_in_blocks(
         pair_weights=jnp.zeros((num_head, inputs.inputs_2d.shape[-1])),
     )
     blocks = (block_starts(static, inputs), split_rows(static, rows))
+    sum_k: jax.Array
     carry, sum_k = jax.lax.scan(step, (sums, jnp.zeros_like(inputs.inputs_2d)), blocks)
     return join_rows(sum_k, inputs.num_query), *carry
 
