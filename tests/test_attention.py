@@ -154,6 +154,8 @@ class ImplementationTests:
     """What every implementation promises; `options` go to `invariant_point_attention`."""
 
     options: ClassVar[dict[str, Any]]
+    # Error that is allowed where the reference happens to have none: a rounding of float32.
+    floor: ClassVar[float] = EPS
 
     def attend(self, *inputs, scales=MONOMER, **options):
         return invariant_point_attention(
@@ -177,7 +179,7 @@ class ImplementationTests:
         fast = jax.tree.map(
             lambda x, y: x if np.any(y) else np.where(np.abs(x) < 1e-4, 0, x), fast, exact
         )
-        assert_within_error_budget(fast, reference, exact)
+        assert_within_error_budget(fast, reference, exact, floor=self.floor)
 
     @pytest.mark.parametrize("name", ["prime", "masked_rows", "all_masked", "coincident", "far"])
     def test_float64(self, name, compute):
@@ -397,6 +399,8 @@ class TestPallas(ImplementationTests):
         "implementation": "pallas",
         "config": Config(forward_block=16, backward_block=16, tile=16, interpret=True),
     }
+    # Three TF32 products keep 22 of the 24 bits of a float32 that is multiplied by 1.
+    floor: ClassVar = 2 * EPS
 
     @pytest.mark.parametrize(
         "name",

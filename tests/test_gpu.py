@@ -47,7 +47,8 @@ def run(inputs, cotangents, implementation, query_block=None):
 
     def fn(inputs):
         return invariant_point_attention(
-            *inputs, SCALES, implementation=implementation, query_block=query_block,
+            **inputs._asdict(), logit_scales=SCALES,
+            implementation=implementation, query_block=query_block,
             # What the fast one is compared with must not go through TF32.
             precision=jax.lax.Precision.HIGHEST,
         )[:3]  # fmt: skip
@@ -56,7 +57,7 @@ def run(inputs, cotangents, implementation, query_block=None):
     (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
     gradients = gradients._asdict()
     for name in ("q_mask", "k_mask", "pair_bias"):
-        gradients.pop(name)
+        del gradients[name]
     return outputs, gradients
 
 
@@ -68,7 +69,9 @@ def problem(sizes_of, make_core_inputs):
         inputs = make_core_inputs(sizes_of(size), num_key=num_key, **options)
         rng = np.random.default_rng(1)
         shapes = jax.eval_shape(
-            lambda: invariant_point_attention(*inputs, SCALES, implementation="reference")[:3]
+            lambda: invariant_point_attention(
+                **inputs._asdict(), logit_scales=SCALES, implementation="reference"
+            )[:3]
         )
         rows = np.asarray(inputs.q_mask) if np.any(inputs.q_mask) else 1 + 0 * inputs.q_mask
         cotangents = [
@@ -127,7 +130,12 @@ def test_the_kernels_are_the_default(problem):
 
 def test_the_interpreter_agrees(problem):
     inputs, _, _ = problem(num_query=64)
-    attend = functools.partial(invariant_point_attention, *inputs, SCALES, implementation="pallas")
+    attend = functools.partial(
+        invariant_point_attention,
+        **inputs._asdict(),
+        logit_scales=SCALES,
+        implementation="pallas",
+    )
     interpreted = attend(config=pallas_triton.Config(interpret=True))
     for x, y in zip(attend()[:3], interpreted[:3]):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max())

@@ -29,7 +29,11 @@ def pretend(monkeypatch):
 def outputs_and_gradients(inputs, config, query_block=None):
     def fn(inputs):
         return invariant_point_attention(
-            *inputs, SCALES, implementation="pallas", config=config, query_block=query_block
+            **inputs._asdict(),
+            logit_scales=SCALES,
+            implementation="pallas",
+            config=config,
+            query_block=query_block,
         )[:3]
 
     outputs, pull_back = jax.vjp(fn, inputs)
@@ -87,6 +91,7 @@ def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):
         (("gpu", 90), {"dtype": "float64"}, "it computes in float32, not float64"),
         (("gpu", 90), {"num_head": 33}, "it takes up to 32 heads, not 33"),
         (("gpu", 90), {"pair_channel": 257}, "up to 256 channels of inputs_2d, not 257"),
+        (("gpu", 90), {"pair_channel": None}, "inputs_2d as an array only"),
     ],
 )
 def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
@@ -98,7 +103,7 @@ def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
     select = functools.partial(
         select_implementation,
         (num_head, 64, 64),
-        inputs_2d=jax.ShapeDtypeStruct((64, 64, pair_channel), jnp.float32),
+        pair_channel=pair_channel,
         **arguments,
     )
     with pytest.raises(NotImplementedError, match=reason):
@@ -110,7 +115,7 @@ def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
 
 def test_the_function_refuses_too(inputs):
     with pytest.raises(NotImplementedError, match="and the device is a cpu"):
-        invariant_point_attention(*inputs, SCALES, implementation="pallas")
+        invariant_point_attention(**inputs._asdict(), logit_scales=SCALES, implementation="pallas")
 
 
 def test_large_inputs_are_processed_in_blocks(pretend):

@@ -93,7 +93,7 @@ def unsupported(
 def heuristic(pair_channel: int, dtype: Any) -> Config:
     """Tunables by channels and dtype of `inputs_2d`.
 
-    They come from what a compiler says of registers and shared memory; none has been measured.
+    They come from estimates of registers and shared memory; none has been measured.
     """
     if pair_channel > 128:
         return Config(forward_block=16, backward_block=16, num_warps=8)

@@ -120,6 +120,7 @@ def _rows_in_blocks(
     )
     blocks = (block_starts(static, inputs), split_rows(static, rows))
     empty = (sums, jnp.zeros_like(inputs.inputs_2d))
+    sum_k: jax.Array
     (sums, dinputs_2d), sum_k = jax.lax.scan(step, empty, blocks)
     return join_rows(sum_k, inputs.num_query), sums, dinputs_2d
 
