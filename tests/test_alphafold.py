@@ -172,6 +172,7 @@ def af2_geometry_in_float64():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", FAST)
 def test_structure_module(implementation, fold):
     """8 layers with side chains: the same atoms, and gradients within twice AF2's own error."""

@@ -185,6 +185,10 @@ class ImplementationTests:
     def test_float64(self, name, compute):
         fast = compute(CASES[name], tuple(self.options.items()), float64=True)
         exact = compute(CASES[name], REFERENCE, float64=True)
+        # Of gradients that are exactly zero, rounding is left.
+        fast = jax.tree.map(
+            lambda x, y: x if np.any(y) else np.where(np.abs(x) < 1e-13, 0, x), fast, exact
+        )
         # Coordinates of 1000 units cost three digits, the mask's 1e5 five of 16.
         digits = {"far": 1e3, "masked_rows": 1e5, "all_masked": 1e5}.get(name, 1)
         eps = float(np.finfo(np.float64).eps)
@@ -531,4 +535,4 @@ def test_wrong_segments_are_refused(name, good):
 
 
 def test_an_unknown_implementation_is_refused(good):
-    assert_refused(good, ".*".join(IMPLEMENTATIONS), ValueError, implementation="cuda")
+    assert_refused(good, ".*".join(sorted(IMPLEMENTATIONS)), ValueError, implementation="cuda")

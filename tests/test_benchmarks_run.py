@@ -219,7 +219,7 @@ def test_every_candidate_computes_the_reference(what, modes, implementations, pe
     assert found.missing == []
 
 
-@pytest.mark.parametrize("what", ["core", "module"])
+@pytest.mark.parametrize("what", ["core", pytest.param("module", marks=pytest.mark.slow)])
 def test_factors_are_measured_beside_their_array(what):
     found = _run(sizes=(5,), what=(what,), pair_rank=2, peers=(), implementations=("xla",))
     rows = {(row.mode, row.implementation): row for row in found.rows}

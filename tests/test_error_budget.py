@@ -104,19 +104,15 @@ def af2_and_exact(position_scale, offset):
 @pytest.mark.parametrize("implementation", [*FAST, pytest.param("pallas", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("position_scale", "offset", "factor"),
-    [
-        (10.0, 0.0, 2.0),
-        # Raw A: distances are never expanded and keep the 2x, but the gradient of the point
-        # weights is a difference of sums of squared coordinates, 100 times larger here.
-        (1.0, 0.0, 4.0),
-        (10.0, 1_000.0, 0.25),
-        (10.0, 10_000.0, 0.25),
-    ],
+    [(10.0, 0.0, 2.0), (1.0, 0.0, 2.0), (10.0, 1_000.0, 0.25), (10.0, 10_000.0, 0.25)],
 )
 def test_error_budget(implementation, position_scale, offset, factor):
     af2, exact = af2_and_exact(position_scale, offset)
     fast = stack(our_module(implementation), position_scale, offset)
-    assert_within_error_budget(fast, af2, exact, factor=max(factor, 2.0))
+    # In raw A the kernels are allowed twice as much: their gradient of the point weights is a
+    # difference of sums over coordinates, which are 100 times larger when squared.
+    limit = 4.0 if implementation == "pallas" and position_scale == 1.0 else 2.0
+    assert_within_error_budget(fast, af2, exact, factor=limit)
     if factor < 1:
         # What depends on coordinates; the rest has no error to lose.
         for part in (lambda x: x["output"], lambda x: x["gradients"][3]):

@@ -124,15 +124,15 @@ class Case(NamedTuple):
 CASES = {
     **{form: Case(form, {"num_query": 13, "num_key": 18, "mask": "holed"}) for form in FORMS},
     "batches": Case("rank_2", {"size": "odd", "batch": (2, 1, 2), "mask": "holed"}),
-    "batches_relative": Case("relative", {"size": "odd", "batch": (3,), "mask": "padded"}),
-    "multimer": Case("rank_2", {"num_query": 11, "mask": "padded"}, scales=MULTIMER),
-    "masked_rows": Case("rank_1", {"num_query": 13, "mask": "holed"}, masked_rows=True),
     "all_masked": Case("relative", {"num_query": 13, "mask": "zero"}, masked_rows=True),
     "segments": Case("rank_1", {"num_query": 13, "mask": "holed"}, num_segment=3),
     "far": Case("none", {"num_query": 13, "points": "far"}),
     "bfloat16": Case("rank_2", {"num_query": 13, "dtype": "bfloat16"}),
 }
 SLOW_CASES = {
+    "multimer": Case("rank_2", {"num_query": 11, "mask": "padded"}, scales=MULTIMER),
+    "masked_rows": Case("rank_1", {"num_query": 13, "mask": "holed"}, masked_rows=True),
+    "batches_relative": Case("relative", {"size": "odd", "batch": (3,), "mask": "padded"}),
     "one_residue": Case("rank_1", {"num_query": 1, "num_key": 1}),
     "less_than_a_block": Case("rank_1", {"num_query": 3, "num_key": 3}),
     "coincident": Case("rank_1", {"num_query": 13, "points": "coincident"}),

@@ -230,11 +230,9 @@ def _check_arrays(
 
 
 def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
-    """About the mean of the unmasked points, to subtract before arithmetic that cancels digits.
+    """Mean of the unmasked points, to subtract before arithmetic that cancels large coordinates.
 
     No result depends on it but by rounding, as long as all points move by the very same numbers.
-    XLA may compute it more than once and add up in another order, so it is made of whole numbers,
-    whose sums are exact: the mean to within 1 (nearer would gain nothing, as proteins are larger).
 
     Args:
       points: [..., N, 3], finite also where masked.
@@ -243,9 +241,7 @@ def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       [..., 3], without gradient; zero where everything is masked.
     """
-    weights = (mask > 0).astype(jnp.int32)
-    total = jnp.sum(weights[..., None] * _whole(points), axis=-2)
-    return _quotient(total, jnp.sum(weights, axis=-1), points.dtype)
+    return _mean(points, (mask > 0)[..., None, :])[..., 0, :]
 
 
 def segment_center(
@@ -266,18 +262,26 @@ def segment_center(
     """
     # A comparison per pair costs little beside attention and needs neither a sort nor a scatter.
     same = of_segment_ids[..., :, None] == segment_ids[..., None, :]  # [..., M, N]
-    weights = (same & (mask > 0)[..., None, :]).astype(jnp.int32)
-    whole = _whole(points)
-    totals = [jnp.sum(weights * whole[..., None, :, d], axis=-1) for d in range(3)]
-    return _quotient(jnp.stack(totals, axis=-1), jnp.sum(weights, axis=-1), points.dtype)
+    return _mean(points, same & (mask > 0)[..., None, :])
 
 
-def _whole(points: jax.Array) -> jax.Array:
-    return jnp.round(jax.lax.stop_gradient(points)).astype(jnp.int32)
+def _mean(points: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Mean [..., M, 3] of those of points [..., N, 3] that are chosen [..., M, N].
 
+    XLA may compute it once for queries and once for keys, adding up in another order. The same
+    bits come out, as all sums are of whole numbers: first of 1, then of what is left in 1/1024.
+    """
+    points = jax.lax.stop_gradient(points)
+    count = jnp.maximum(jnp.sum(chosen, axis=-1), 1)
 
-def _quotient(total: jax.Array, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return (total // jnp.maximum(count, 1)[..., None]).astype(dtype)
+    def mean(x: jax.Array) -> jax.Array:  # of one coordinate [..., 1, N]
+        center = jnp.zeros((), x.dtype)
+        for unit in (1.0, 2.0**-10):
+            whole = jnp.round((x - center[..., None]) / unit).astype(jnp.int32)
+            center += unit * (jnp.sum(jnp.where(chosen, whole, 0), axis=-1) // count)
+        return center
+
+    return jnp.stack([mean(points[..., None, :, d]) for d in range(3)], axis=-1)
 
 
 def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
@@ -311,3 +315,20 @@ def widen(inputs: IPAInputs) -> IPAInputs:
         return x.astype(inputs.logits_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(widen_array, inputs)
+
+
+def sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Squared differences of coordinates [..., P*3, Nq] and [..., P*3, Nk], summed over them."""
+    squares = (jnp.square(q[..., i, :, None] - k[..., i, None, :]) for i in range(q.shape[-2]))
+    return sum(squares, start=jnp.zeros((), q.dtype))
+
+
+def in_one_loop(x: jax.Array) -> jax.Array:
+    """`x`, made of distances, which XLA:CPU so computes without writing out a part of them.
+
+    It fuses half of a long sum into the matmul or the reduction that takes `x`, and the other half
+    becomes an array, at 3 to 15 times the cost. It fuses neither into a rounding, and this one, to
+    the precision that `x` has, changes nothing.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)

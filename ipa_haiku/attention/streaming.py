@@ -33,6 +33,8 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     centers,
+    in_one_loop,
+    sum_of_squares,
     widen,
 )
 from ipa_haiku.pair import FactorizedPair, RelativePositionPair, rows_of_table
@@ -261,15 +263,16 @@ def _logits(static: _Static, q: _Queries, k: _Keys, point_weights: jax.Array) ->
     if q.pair is not None:
         features, axes = _features(q, k)
         logits += jnp.einsum(f"hqf,{axes}->hqk", q.pair, features, precision=static.precision)
-    q_point, k_point = jnp.moveaxis(q.point, -1, 0), jnp.moveaxis(k.point, -1, 0)  # [P*3, H, .]
-    square_distance = sum(
-        jnp.square(a[:, :, None] - b[:, None, :]) for a, b in zip(q_point, k_point)
-    )
     penalty = MASK_PENALTY * (1.0 - q.mask[:, None] * k.mask)
     if q.segment is not None:
         penalty += SEGMENT_PENALTY * (q.segment[:, None] != k.segment)
-    terms = -0.5 * point_weights[:, None, None] * square_distance - penalty
+    terms = -0.5 * point_weights[:, None, None] * _square_distance(q, k) - penalty
     return jnp.where(k.exists, static.scales.total * (logits + terms), -jnp.inf)
+
+
+def _square_distance(q: _Queries, k: _Keys) -> jax.Array:
+    """Squared distances of query and key points, summed over points [H, q, k]."""
+    return sum_of_squares(jnp.swapaxes(q.point, -1, -2), jnp.swapaxes(k.point, -1, -2))
 
 
 def _features(q: _Queries, k: _Keys) -> tuple[jax.Array, str]:
@@ -296,6 +299,7 @@ class _QuerySums(NamedTuple):
 
     key: jax.Array  # [blocks, H, q, C+P*3+1] of dlogits * (scalar, point, 1)
     pair: Any  # [blocks, H, q, f] of dlogits * features
+    square_distance: jax.Array  # [blocks, H, q] of dlogits * squared distances
 
 
 class _KeySums(NamedTuple):
@@ -321,7 +325,7 @@ def _attend_bwd(
             return jax.tree.map(jnp.add, query_sums, more), of_keys
 
         q = block[0]
-        empty = _QuerySums(jnp.zeros_like(_with_one(q)), jax.tree.map(jnp.zeros_like, q.pair))
+        empty = _QuerySums(*jax.tree.map(jnp.zeros_like, (_with_one(q), q.pair, q.scalar[..., 0])))
         query_sums, more = jax.lax.scan(step, empty, keys)
         return jax.tree.map(jnp.add, key_sums, more), query_sums
 
@@ -355,7 +359,9 @@ def _backward_block(
         )
     return (
         _QuerySums(
-            jnp.einsum("hqk,hkc->hqc", dlogits, _with_one(k), precision=_HIGHEST), query_pair
+            jnp.einsum("hqk,hkc->hqc", dlogits, _with_one(k), precision=_HIGHEST),
+            query_pair,
+            jnp.sum(in_one_loop(dlogits * _square_distance(q, k)), axis=-1),
         ),
         _KeySums(
             jnp.einsum("hqk,hqc->hkc", dlogits, _with_one(q), precision=_HIGHEST),
@@ -375,7 +381,7 @@ def _gradients(
     """Gradients from the sums over all blocks; None (zero) for masks, positions and segments.
 
     With g = dlogits, d(q_point) = -w sum_k g_qk (Q_q - K_k) = w (sum_k g K_k - Q_q sum_k g), and
-    likewise for keys; sum g |Q - K|^2 comes from the same sums.
+    likewise for keys.
     """
     at = [queries.scalar.shape[-1], query_sums.key.shape[-1] - 1]
     dq_scalar, sum_k_point, sum_q_one = jnp.split(query_sums.key, at, axis=-1)
@@ -383,9 +389,7 @@ def _gradients(
     to_q = sum_k_point - queries.point * sum_q_one
     to_k = sum_q_point - keys.point * sum_k_one
     w = point_weights[:, None, None]
-    dpoint_weights = 0.5 * (
-        jnp.sum(queries.point * to_q, (0, 2, 3)) + jnp.sum(keys.point * to_k, (0, 2, 3))
-    )
+    dpoint_weights = -0.5 * jnp.sum(query_sums.square_distance, axis=(0, 2))
     none: Any = None
     dqueries = _Queries(
         dq_scalar, w * to_q, query_sums.pair, position=none, mask=none, segment=none

@@ -24,7 +24,9 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     centers,
+    in_one_loop,
     subtract_segment_penalty,
+    sum_of_squares,
     widen,
 )
 
@@ -131,36 +133,19 @@ def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
     mask_2d = x.q_mask[:, None] * x.k_mask
     terms = terms - MASK_PENALTY * (1.0 - mask_2d)
     terms = subtract_segment_penalty(terms, x)
-    logits = scales.total * (logits + _in_one_loop(terms))
+    logits = scales.total * (logits + in_one_loop(terms))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return weights, 1.0 / jnp.sum(weights, axis=-1)
 
 
 def _square_distance(x: IPAInputs) -> jax.Array:
     """Squared distances of query and key points, summed over points [H, Nq, Nk]."""
-    return _sum_of_squares(_coordinates(x.q_point), _coordinates(x.k_point))
+    return sum_of_squares(_coordinates(x.q_point), _coordinates(x.k_point))
 
 
 def _coordinates(points: jax.Array) -> jax.Array:
     """[N, H, P, 3] -> [H, P*3, N]."""
     return jnp.moveaxis(_flat(points), 0, -1)
-
-
-def _sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Squared differences of coordinates [..., P*3, Nq] and [..., P*3, Nk], summed over them."""
-    squares = (jnp.square(q[..., i, :, None] - k[..., i, None, :]) for i in range(q.shape[-2]))
-    return sum(squares, start=jnp.zeros((), q.dtype))
-
-
-def _in_one_loop(x: jax.Array) -> jax.Array:
-    """`x`, made of distances, which XLA:CPU so computes without writing out a part of them.
-
-    It fuses half of a long sum into the matmul or the reduction that takes `x`, and the other half
-    becomes an array, at 3 to 15 times the cost. It fuses neither into a rounding, and this one, to
-    the precision that `x` has, changes nothing.
-    """
-    info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def _outputs(static: _Static, x: IPAInputs, weights: jax.Array, scale: jax.Array) -> IPAOutput:
@@ -244,15 +229,15 @@ def _backward_queries_and_keys(
     to_q, to_k = sum_k_point - q_point * sum_q_one, sum_q_point - k_point * sum_k_one
     # One head at a time, so that no [H, Nq, Nk] array more is needed.
     sums_of_squares = jax.lax.map(
-        lambda head: jnp.sum(_in_one_loop(head[0] * _sum_of_squares(*head[1:]))),
+        lambda head: jnp.sum(in_one_loop(head[0] * sum_of_squares(*head[1:])), axis=-1),
         (dlogits, _coordinates(x.q_point), _coordinates(x.k_point)),
-    )
+    )  # [H, Nq]
     return {
         "q_scalar": static.scales.scalar * dq_scalar,
         "k_scalar": static.scales.scalar * dk_scalar,
         "q_point": (w * to_q).reshape(x.q_point.shape),
         "k_point": (w * to_k).reshape(x.k_point.shape),
-        "point_weights": -0.5 * sums_of_squares,
+        "point_weights": -0.5 * jnp.sum(sums_of_squares, axis=-1),
     }
 
 
