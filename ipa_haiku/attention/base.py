@@ -12,6 +12,7 @@ Shape letters, here and in the implementations:
 (then `pair_weights` and `pair_bias` are None, too).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -128,7 +129,7 @@ def axes_of(inputs: IPAInputs) -> IPAInputs:
         return type(x)(**x.AXES) if hasattr(x, "AXES") else _AXES[name]
 
     return IPAInputs(
-        **{name: axes(name, x) for name, x in inputs._asdict().items() if x is not None}
+        **{name: None if x is None else axes(name, x) for name, x in inputs._asdict().items()}
     )
 
 
@@ -298,6 +299,42 @@ def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
         for segment_ids in (inputs.q_segment_ids, inputs.k_segment_ids)
     )
     return q_center[..., None, None, :], k_center[..., None, None, :]
+
+
+def for_each_protein(
+    attend: Callable[[IPAInputs], IPAOutput], inputs: IPAInputs, implementation: str
+) -> IPAOutput:
+    """Runs a fast implementation, written for one protein, over batch dimensions, recentred.
+
+    Args:
+      attend: from the arguments of one protein to its result.
+      inputs: the array arguments, checked.
+      implementation: its name.
+
+    Returns:
+      The results with all batch dimensions, points where they belong.
+
+    Raises:
+      TypeError: under forward-mode differentiation, which only `reference` supports.
+    """
+    q_center, k_center = centers(inputs)
+    inputs = inputs._replace(
+        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
+        v_point=inputs.v_point - k_center,
+    )  # fmt: skip
+    in_axes: Any = jax.tree.map(lambda axes: 0 if "..." in axes else None, axes_of(inputs))
+    for _ in range(inputs.q_mask.ndim - 1):
+        attend = jax.vmap(attend, in_axes=(in_axes,))
+    try:
+        out = attend(inputs)
+    except TypeError as error:
+        if "forward-mode" in str(error):
+            raise TypeError(
+                f"implementation={implementation!r} has a hand-written reverse-mode gradient and "
+                "no forward mode (jvp, jacfwd, linearize); use implementation='reference' for that."
+            ) from error
+        raise
+    return out._replace(point=out.point + q_center)
 
 
 def subtract_segment_penalty(logits: jax.Array, inputs: IPAInputs) -> jax.Array:

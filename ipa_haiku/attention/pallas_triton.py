@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ipa_haiku.attention import pallas_triton_vjp
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, centers
+from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, for_each_protein
 from ipa_haiku.attention.pallas_triton_tiles import (
     Config,
     Side,
@@ -56,8 +56,6 @@ MAX_PAIR_CHANNEL = 256
 
 # Ampere: the first with TF32 and bfloat16 products and asynchronous copies.
 _LEAST_CAPABILITY = 80
-
-_NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 
 
 def unsupported(
@@ -148,26 +146,9 @@ def attend(
     """
     del precision
     config = config or heuristic(inputs.inputs_2d.shape[-1], inputs.inputs_2d.dtype)
-    q_center, k_center = centers(inputs)
-    inputs = inputs._replace(
-        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
-        v_point=inputs.v_point - k_center,
-    )  # fmt: skip
     query_block = min(query_block or inputs.num_query, inputs.num_query)
-    attend_batch = functools.partial(_attend, Static(scales, config, query_block))
-    axes: Any = IPAInputs._make(None if name in _NO_BATCH else 0 for name in IPAInputs._fields)
-    for _ in range(inputs.q_mask.ndim - 1):
-        attend_batch = jax.vmap(attend_batch, in_axes=(axes,))
-    try:
-        out = attend_batch(inputs)
-    except TypeError as error:
-        if "forward-mode" in str(error):
-            raise TypeError(
-                "implementation='pallas' has a hand-written reverse-mode gradient and no forward "
-                "mode (jvp, jacfwd, linearize); use implementation='reference' for that."
-            ) from error
-        raise
-    return out._replace(point=out.point + q_center)
+    attend_one = functools.partial(_attend, Static(scales, config, query_block))
+    return for_each_protein(attend_one, inputs, "pallas")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

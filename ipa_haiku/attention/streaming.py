@@ -32,7 +32,7 @@ from ipa_haiku.attention.base import (
     IPAInputs,
     IPAOutput,
     LogitScales,
-    centers,
+    for_each_protein,
     in_one_loop,
     sum_of_squares,
     widen,
@@ -46,8 +46,6 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 # near the size of a last-level cache. Matrix products have a side of `KEY_BLOCK` at least.
 QUERY_BLOCK = 256
 KEY_BLOCK = 1024
-
-_NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 
 
 class _Static(NamedTuple):
@@ -114,36 +112,10 @@ def attend(
     Raises:
       TypeError: under forward-mode differentiation, which only `reference` supports.
     """
-    q_center, k_center = centers(inputs)
-    inputs = inputs._replace(
-        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
-        v_point=inputs.v_point - k_center,
-    )  # fmt: skip
-    attend_batch = functools.partial(
-        _attend_one,
-        _Static(scales, precision),
-        query_block or QUERY_BLOCK,
+    attend_one = functools.partial(
+        _attend_one, _Static(scales, precision), query_block or QUERY_BLOCK
     )
-    for _ in range(inputs.q_mask.ndim - 1):
-        attend_batch = jax.vmap(attend_batch, in_axes=(_batch_axes(inputs),))
-    try:
-        out = attend_batch(inputs)
-    except TypeError as error:
-        if "forward-mode" in str(error):
-            raise TypeError(
-                "the attention over structured pair representations has a hand-written "
-                "reverse-mode gradient and no forward mode (jvp, jacfwd, linearize); use "
-                "implementation='reference' for that."
-            ) from error
-        raise
-    return out._replace(point=out.point + q_center)
-
-
-def _batch_axes(inputs: IPAInputs) -> Any:
-    axes: Any = {name: None if name in _NO_BATCH else 0 for name in IPAInputs._fields}
-    if isinstance(inputs.inputs_2d, RelativePositionPair):
-        axes["inputs_2d"] = RelativePositionPair(None, 0, 0)  # type: ignore[arg-type]
-    return IPAInputs(**axes)
+    return for_each_protein(attend_one, inputs, "xla")
 
 
 def _attend_one(static: _Static, query_block: int, inputs: IPAInputs) -> IPAOutput:

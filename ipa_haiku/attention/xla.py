@@ -13,7 +13,7 @@ k keys, h heads, c channels.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ipa_haiku.attention.base import (
     IPAInputs,
     IPAOutput,
     LogitScales,
-    centers,
+    for_each_protein,
     in_one_loop,
     subtract_segment_penalty,
     sum_of_squares,
@@ -32,8 +32,6 @@ from ipa_haiku.attention.base import (
 
 # Products that involve points: never bfloat16 or TF32.
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-_NO_BATCH = ("pair_weights", "pair_bias", "point_weights")
 
 
 class _Static(NamedTuple):
@@ -63,26 +61,9 @@ def attend(
     Raises:
       TypeError: under forward-mode differentiation, which only `reference` supports.
     """
-    q_center, k_center = centers(inputs)
-    inputs = inputs._replace(
-        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
-        v_point=inputs.v_point - k_center,
-    )  # fmt: skip
     query_block = min(query_block or inputs.num_query, inputs.num_query)
-    attend_batch = functools.partial(_attend, _Static(scales, precision, query_block))
-    axes: Any = IPAInputs._make(None if name in _NO_BATCH else 0 for name in IPAInputs._fields)
-    for _ in range(inputs.q_mask.ndim - 1):
-        attend_batch = jax.vmap(attend_batch, in_axes=(axes,))
-    try:
-        out = attend_batch(inputs)
-    except TypeError as error:
-        if "forward-mode" in str(error):
-            raise TypeError(
-                "implementation='xla' has a hand-written reverse-mode gradient and no forward "
-                "mode (jvp, jacfwd, linearize); use implementation='reference' for that."
-            ) from error
-        raise
-    return out._replace(point=out.point + q_center)
+    attend_one = functools.partial(_attend, _Static(scales, precision, query_block))
+    return for_each_protein(attend_one, inputs, "xla")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
