@@ -1,8 +1,8 @@
 """Pair representations that are not an [N, N, C_z] array, exact, for long sequences.
 
-Either goes where `inputs_2d` goes, to `invariant_point_attention` and to the modules, and takes the
-memory that its own arrays take: neither the [N, N, C_z] array that it stands for nor any other
-array of N * N numbers is formed.
+Either goes where `inputs_2d` goes, to `invariant_point_attention` and to the modules. Memory grows
+with N, as [N, H, R * C_z] numbers: neither the [N, N, C_z] array that it stands for nor any other
+array of N * N numbers is formed, except by implementation='reference'.
 """
 
 import dataclasses
@@ -106,5 +106,7 @@ def num_channel(inputs_2d: jax.Array | StructuredPair | None) -> int | None:
 def rows_of_table(q_index: jax.Array, k_index: jax.Array, num_rows: int) -> jax.Array:
     """Row of `RelativePositionPair.table` for all pairs of [..., Nq] and [..., Nk] positions."""
     max_distance = num_rows // 2
+    # Unsigned or short integers would wrap.
+    q_index, k_index = q_index.astype(jnp.int32), k_index.astype(jnp.int32)
     distance = k_index[..., None, :] - q_index[..., :, None]
     return jnp.clip(distance, -max_distance, max_distance) + max_distance

@@ -22,6 +22,7 @@ from ipa_haiku import (
     folding_multimer,
     invariant_point_attention,
 )
+from ipa_haiku.attention.pallas_triton import Config
 
 TOLERANCE = 2e-6  # of the largest element
 SCALES = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
@@ -103,7 +104,15 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
 
 
 @pytest.mark.parametrize(
-    "options", [*({"implementation": name} for name in ANYWHERE), {"query_block": 2}]
+    "options",
+    [
+        *({"implementation": name} for name in ANYWHERE),
+        {"query_block": 2},
+        {
+            "implementation": "pallas",
+            "config": Config(forward_block=16, backward_block=16, tile=16, interpret=True),
+        },
+    ],
 )
 def test_every_implementation_segments_and_batches(options, sizes_of, make_core_inputs):
     # Keys differ in number from queries, and an axis of the mesh has no part in it.

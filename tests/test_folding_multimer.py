@@ -86,7 +86,9 @@ def test_the_signature_is_af2s():
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
-@pytest.mark.parametrize("size", ["af2", "tiny", "odd"])
+@pytest.mark.parametrize(
+    "size", ["af2", *(pytest.param(size, marks=pytest.mark.slow) for size in ("tiny", "odd"))]
+)
 def test_initial_parameters_have_af2s_bits(size, zero_init, sizes_of, make_arguments, count_bits):
     sizes = sizes_of(size)
     arguments = make_arguments(sizes, 3)
@@ -193,6 +195,7 @@ def test_reference_is_af2(size, n, mask, case, compiled, count_bits):
         assert difference(ours[1][name], expected) <= 1e-6 * largest(expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("af2_in_float64")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("size", ["af2", "odd"])
@@ -266,7 +269,7 @@ def test_motion_of_all_residues_changes_nothing(implementation, case, sizes_of):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
-@pytest.mark.parametrize("dist_epsilon", [1e-8, 0.5])
+@pytest.mark.parametrize("dist_epsilon", [pytest.param(1e-8, marks=pytest.mark.slow), 0.5])
 def test_the_norm_is_clamped_as_in_af2(dist_epsilon, implementation, case, sizes_of):
     """Value points in the origins of the frames, all in one place: norms of zero."""
     sizes = sizes_of("tiny")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("debug_nans")
     scope="module",
     params=[
         *((folding, {"implementation": name}) for name in ANYWHERE),
-        (folding, {"query_block": 3}),
+        pytest.param((folding, {"query_block": 3}), marks=pytest.mark.slow),
         (folding_multimer, {}),
     ],
     ids=lambda param: "-".join([param[0].__name__.split(".")[-1], *map(str, param[1].values())]),

@@ -110,6 +110,15 @@ def attend(inputs, scales=MONOMER, implementation="xla", **options):
     )
 
 
+def test_indices_of_any_integer_type():
+    table = np.arange(14.0, dtype=np.float32).reshape(7, 2)
+    index = np.array([9, 2, 5, 120])
+    rows = np.clip(index[None, :] - index[:, None], -3, 3) + 3
+    for dtype in (np.int8, np.uint8, np.uint32, np.int32):
+        pair = RelativePositionPair(jnp.asarray(table), *[jnp.asarray(index.astype(dtype))] * 2)
+        np.testing.assert_array_equal(pair.to_dense(), table[rows])
+
+
 # --- equal to the array --------------------------------------------------------------------------
 
 

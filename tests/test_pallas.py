@@ -22,7 +22,7 @@ EPS = float(np.finfo(np.float32).eps)
 @pytest.fixture
 def pretend(monkeypatch):
     """Makes the kernels believe in a device: (platform, compute capability times ten)."""
-    return lambda *device: monkeypatch.setattr(pallas_triton, "_device", lambda: device)
+    return lambda *device: monkeypatch.setattr(pallas_triton, "_device", lambda mesh: device)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -67,6 +67,7 @@ print("equal", np.max(np.abs(local[0])))
 """
 
 
+@pytest.mark.slow
 def test_the_readmes_example_in_two_processes():
     readme = (TESTS.parent / "README.md").read_text()
     (example,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)

@@ -94,7 +94,7 @@ def looped(inputs, make_params):
     return run
 
 
-@pytest.mark.parametrize("update", [scan, rematerialized])
+@pytest.mark.parametrize("update", [scan, pytest.param(rematerialized, marks=pytest.mark.slow)])
 def test_one_set_of_weights_over_eight_iterations(update, implementation, inputs, looped):
     params, expected = looped(implementation)
     module = transformed(implementation, update)

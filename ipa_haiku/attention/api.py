@@ -78,6 +78,9 @@ def select_implementation(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
+    if config is not None and implementation not in (None, "pallas"):
+        raise ValueError(f"config is for implementation='pallas', got {implementation!r}.")
+
     if sharding is not None:
         shape = sharding.local_shape(shape)
 
@@ -99,7 +102,9 @@ def select_implementation(
     *batch, num_head, num_query, num_key = shape
     reason = "asked for by name"
     if implementation in (None, "pallas"):
-        in_the_way = pallas_triton.unsupported(num_head, pair_channel, dtype, config)
+        in_the_way = pallas_triton.unsupported(
+            num_head, pair_channel, dtype, config, None if sharding is None else sharding.mesh
+        )
         if implementation == "pallas" and in_the_way:
             raise NotImplementedError(
                 f"implementation='pallas' cannot run: {in_the_way}. Use implementation='xla', or "
@@ -154,8 +159,8 @@ def invariant_point_attention(
 
     The logits are `total * (scalar * q.k - 1/2 point_weights * sum |Q - K|^2 + pair * (z W + b) -
     1e5 * (1 - mask_i mask_j) - 2e5 * (segment_i != segment_j))` with `LogitScales(scalar, pair,
-    total)`. Shape letters are those of `ipa_haiku.attention.base`; every argument but the segments
-    is floating-point.
+    total)`. Shape letters are those of `ipa_haiku.attention.base`; every argument but segments and
+    the positions of a `RelativePositionPair` is floating-point.
 
     Args:
       q_scalar: [..., Nq, H, C] scalar queries.
@@ -199,8 +204,9 @@ def invariant_point_attention(
     Raises:
       TypeError: if an argument is not an array.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
-      ValueError: if there is no such implementation, there are pair weights without `inputs_2d`,
-        only one of queries and keys has segments, or `sharding` does not fit the batch dimensions.
+      ValueError: if there is no such implementation, `query_block`, `memory_budget` or `config` is
+        of no use, there are pair weights without `inputs_2d`, only one of queries and keys has
+        segments, or `sharding` does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     inputs = IPAInputs(

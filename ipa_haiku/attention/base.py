@@ -85,7 +85,7 @@ class IPAInputs(NamedTuple):
 class AttentionTerms(NamedTuple):
     """The attention weights and the scaled logit terms they come from, each [..., H, Nq, Nk].
 
-    The logits are the sum of the three terms and the mask term.
+    The logits are the sum of the three terms and what masks and segments take from them.
     """
 
     weights: jax.Array
@@ -128,9 +128,8 @@ def axes_of(inputs: IPAInputs) -> IPAInputs:
         # A pair representation that is no array tells those of its parts.
         return type(x)(**x.AXES) if hasattr(x, "AXES") else _AXES[name]
 
-    return IPAInputs(
-        **{name: None if x is None else axes(name, x) for name, x in inputs._asdict().items()}
-    )
+    fields: Any = {k: None if x is None else axes(k, x) for k, x in inputs._asdict().items()}
+    return IPAInputs(**fields)
 
 
 def assert_floating(name: str, x: jax.Array) -> None:
@@ -290,7 +289,8 @@ def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
 
     A query and the keys that it sees have the same center: that of their segment.
     """
-    points = jnp.mean(inputs.k_point.astype(inputs.logits_dtype), axis=(-3, -2))  # [..., Nk, 3]
+    # One point of each key; a mean of them would not have the same bits in any order.
+    points = inputs.k_point[..., 0, 0, :].astype(inputs.logits_dtype)  # [..., Nk, 3]
     if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
         center = masked_center(points, inputs.k_mask)[..., None, None, None, :]
         return center, center
@@ -358,6 +358,11 @@ def sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
     """Squared differences of coordinates [..., P*3, Nq] and [..., P*3, Nk], summed over them."""
     squares = (jnp.square(q[..., i, :, None] - k[..., i, None, :]) for i in range(q.shape[-2]))
     return sum(squares, start=jnp.zeros((), q.dtype))
+
+
+def weighted_squares(weights: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+    """`weights` [..., Nq, Nk] times `sum_of_squares`; zero where weights are, however far apart."""
+    return in_one_loop(jnp.where(weights == 0, 0.0, weights * sum_of_squares(q, k)))
 
 
 def in_one_loop(x: jax.Array) -> jax.Array:

@@ -3,7 +3,8 @@
 `inputs_2d` is most of the memory traffic, so one kernel does all that needs it at once: a program
 takes the row of one query, goes over it in blocks of keys, adds the pair bias of all heads to the
 logits, keeps a running softmax and sums the pair output. Around it are kernels over [Nq, H, Nk],
-each of which reads or writes such an array once: the other logits, and attention times values. The
+each of which reads or writes such an array once: the other logits (and what segments take from
+them, as one more pass by XLA), and attention times values. The
 gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient meanwhile.
 Every sum has a fixed order: results are the same bits in every run.
 
@@ -59,7 +60,11 @@ _LEAST_CAPABILITY = 80
 
 
 def unsupported(
-    num_head: int, pair_channel: int | None, dtype: Any, config: Config | None = None
+    num_head: int,
+    pair_channel: int | None,
+    dtype: Any,
+    config: Config | None = None,
+    mesh: Any = None,
 ) -> str | None:
     """Why these kernels cannot be used here; None if they can.
 
@@ -68,6 +73,7 @@ def unsupported(
       pair_channel: channels of `inputs_2d`; None if that is no array.
       dtype: that all arguments promote to.
       config: tunables; the interpreter runs on every device.
+      mesh: of the devices to run on; None for those of JAX.
     """
     if jnp.dtype(dtype).itemsize > 4:
         return f"it computes in float32, not {jnp.dtype(dtype)}"
@@ -79,7 +85,7 @@ def unsupported(
         return f"it takes up to {MAX_PAIR_CHANNEL} channels of inputs_2d, not {pair_channel}"
     if config is not None and config.interpret:
         return None
-    platform, capability = _device()
+    platform, capability = _device(mesh)
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and the device is a {platform}"
     if capability is None or capability < _LEAST_CAPABILITY:
@@ -100,23 +106,25 @@ def heuristic(pair_channel: int, dtype: Any) -> Config:
     return Config(forward_block=32, backward_block=32)
 
 
-def _device() -> tuple[str, int | None]:
+def _device(mesh: Any = None) -> tuple[str, int | None]:
     """Platform that programs are traced for, and compute capability times ten if it is NVIDIA's.
 
-    An abstract device, which programs are compiled for without having it, goes before JAX's
-    default device.
+    Of the devices of `mesh` if it has any; else of an abstract device, which programs are compiled
+    for without having it; else of JAX's default device.
     """
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
+    if getattr(mesh, "devices", None) is not None:
+        device = mesh.devices.flat[0]
+    elif abstract is not None and abstract.device_kind != device.device_kind:
         if not hasattr(plgpu, "get_gpu_info"):  # JAX 0.10 lowers for 9.0 where there is no GPU
-            return abstract.platform, 90
+            return abstract.platform, 90 if abstract.device_kind.startswith("NVIDIA") else None
         try:
             return abstract.platform, plgpu.get_gpu_info().compute_capability or None
         except ValueError:  # not a GPU that Pallas knows
             return abstract.platform, None
-    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
     digits = getattr(device, "compute_capability", "").replace(".", "")
     return device.platform, int(digits) if digits.isdigit() else None
 

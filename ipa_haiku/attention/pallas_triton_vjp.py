@@ -112,11 +112,11 @@ def _rows_in_blocks(
         return (jax.tree.map(jnp.add, sums, more), dinputs_2d), sum_k
 
     num_key, num_head = inputs.num_key, inputs.num_head
-    depth = key_side(inputs)
+    depth = inputs.q_scalar.shape[-1] + flat(inputs.q_point).shape[-1] + 1
     sums = _Sums(
-        value=jnp.zeros((num_key, num_head, rows.dvalue.shape[-1])),
-        query=jnp.zeros((num_key, num_head, depth.scalar.shape[-1] + depth.point.shape[-1] + 1)),
-        pair_weights=jnp.zeros((num_head, inputs.inputs_2d.shape[-1])),
+        value=jnp.zeros((num_key, num_head, rows.dvalue.shape[-1]), jnp.float32),
+        query=jnp.zeros((num_key, num_head, depth), jnp.float32),
+        pair_weights=jnp.zeros((num_head, inputs.inputs_2d.shape[-1]), jnp.float32),
     )
     blocks = (block_starts(static, inputs), split_rows(static, rows))
     empty = (sums, jnp.zeros_like(inputs.inputs_2d))

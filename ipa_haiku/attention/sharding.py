@@ -38,6 +38,9 @@ class RowSharding:
       batch_axis: axis of `mesh` that the first batch dimension is sharded over; None to have all
         proteins on every device of `row_axis`.
 
+    In half precision the gradients of what every device holds, such as keys and weights, are
+    rounded on each device before they are added up.
+
     Raises:
       ValueError: if `mesh` has no such axis, or both are the same.
     """

@@ -33,8 +33,8 @@ from ipa_haiku.attention.base import (
     IPAOutput,
     LogitScales,
     for_each_protein,
-    in_one_loop,
     sum_of_squares,
+    weighted_squares,
     widen,
 )
 from ipa_haiku.pair import FactorizedPair, RelativePositionPair, rows_of_table
@@ -238,13 +238,13 @@ def _logits(static: _Static, q: _Queries, k: _Keys, point_weights: jax.Array) ->
     penalty = MASK_PENALTY * (1.0 - q.mask[:, None] * k.mask)
     if q.segment is not None:
         penalty += SEGMENT_PENALTY * (q.segment[:, None] != k.segment)
-    terms = -0.5 * point_weights[:, None, None] * _square_distance(q, k) - penalty
+    terms = -0.5 * point_weights[:, None, None] * sum_of_squares(*_coordinates(q, k)) - penalty
     return jnp.where(k.exists, static.scales.total * (logits + terms), -jnp.inf)
 
 
-def _square_distance(q: _Queries, k: _Keys) -> jax.Array:
-    """Squared distances of query and key points, summed over points [H, q, k]."""
-    return sum_of_squares(jnp.swapaxes(q.point, -1, -2), jnp.swapaxes(k.point, -1, -2))
+def _coordinates(q: _Queries, k: _Keys) -> tuple[jax.Array, jax.Array]:
+    """Of points, [H, P*3, q] and [H, P*3, k]."""
+    return jnp.swapaxes(q.point, -1, -2), jnp.swapaxes(k.point, -1, -2)
 
 
 def _features(q: _Queries, k: _Keys) -> tuple[jax.Array, str]:
@@ -333,7 +333,7 @@ def _backward_block(
         _QuerySums(
             jnp.einsum("hqk,hkc->hqc", dlogits, _with_one(k), precision=_HIGHEST),
             query_pair,
-            jnp.sum(in_one_loop(dlogits * _square_distance(q, k)), axis=-1),
+            jnp.sum(weighted_squares(dlogits, *_coordinates(q, k)), axis=-1),
         ),
         _KeySums(
             jnp.einsum("hqk,hqc->hkc", dlogits, _with_one(q), precision=_HIGHEST),

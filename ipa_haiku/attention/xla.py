@@ -27,6 +27,7 @@ from ipa_haiku.attention.base import (
     in_one_loop,
     subtract_segment_penalty,
     sum_of_squares,
+    weighted_squares,
     widen,
 )
 
@@ -210,7 +211,7 @@ def _backward_queries_and_keys(
     to_q, to_k = sum_k_point - q_point * sum_q_one, sum_q_point - k_point * sum_k_one
     # One head at a time, so that no [H, Nq, Nk] array more is needed.
     sums_of_squares = jax.lax.map(
-        lambda head: jnp.sum(in_one_loop(head[0] * sum_of_squares(*head[1:])), axis=-1),
+        lambda head: jnp.sum(weighted_squares(*head), axis=-1),
         (dlogits, _coordinates(x.q_point), _coordinates(x.k_point)),
     )  # [H, Nq]
     return {
