@@ -180,7 +180,11 @@ def compiled(sizes_of):
     return compiled
 
 
-CASES = [("af2", 1), ("af2", 2), ("af2", 17), ("af2", 64), ("odd", 17)]
+CASES = [
+    *(pytest.param("af2", n, marks=pytest.mark.slow) for n in (1, 2, 64)),
+    ("af2", 17),
+    ("odd", 17),
+]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -212,7 +216,7 @@ def test_reference_is_af2_in_float64(size, mask, case, compiled):
 
 @pytest.mark.usefixtures("af2_in_float64")
 @pytest.mark.parametrize("mask", ["full", "padded", "holed"])
-@pytest.mark.parametrize(("size", "n"), CASES[2:])
+@pytest.mark.parametrize(("size", "n"), [("af2", 64), *CASES[3:]])
 @pytest.mark.parametrize("implementation", ANYWHERE)
 def test_error_budget(implementation, size, n, mask, case, compiled):
     """At most twice AF2's own error, in outputs and gradients of the rows that count."""

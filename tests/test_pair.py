@@ -132,13 +132,13 @@ class Case(NamedTuple):
 
 CASES = {
     **{form: Case(form, {"num_query": 13, "num_key": 18, "mask": "holed"}) for form in FORMS},
-    "batches": Case("rank_2", {"size": "odd", "batch": (2, 1, 2), "mask": "holed"}),
     "all_masked": Case("relative", {"num_query": 13, "mask": "zero"}, masked_rows=True),
     "segments": Case("rank_1", {"num_query": 13, "mask": "holed"}, num_segment=3),
     "far": Case("none", {"num_query": 13, "points": "far"}),
     "bfloat16": Case("rank_2", {"num_query": 13, "dtype": "bfloat16"}),
 }
 SLOW_CASES = {
+    "batches": Case("rank_2", {"size": "odd", "batch": (2, 1, 2), "mask": "holed"}),
     "multimer": Case("rank_2", {"num_query": 11, "mask": "padded"}, scales=MULTIMER),
     "masked_rows": Case("rank_1", {"num_query": 13, "mask": "holed"}, masked_rows=True),
     "batches_relative": Case("relative", {"size": "odd", "batch": (3,), "mask": "padded"}),
@@ -379,7 +379,10 @@ def make_model(variant, config, implementation=None):
     return hk.without_apply_rng(hk.transform(call))
 
 
-@pytest.mark.parametrize(("variant", "form"), [("monomer", "rank_2"), ("multimer", "relative")])
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [("monomer", "rank_2"), pytest.param("multimer", "relative", marks=pytest.mark.slow)],
+)
 def test_modules_take_it_for_the_array(form, variant, sizes_of, make_inputs, make_params):
     sizes = sizes_of("odd")
     inputs_1d, inputs_2d, mask, affine = make_inputs(sizes, 13, mask="padded")

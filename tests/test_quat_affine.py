@@ -227,6 +227,7 @@ def test_every_public_name_has_af2s_parameters_and_defaults():
             assert [(p.name, p.default) for p in actual] == [(p.name, p.default) for p in expected]
 
 
+@pytest.mark.slow
 def test_af2s_own_unit_tests_pass_with_this_module(monkeypatch):
     import unittest
 

@@ -24,7 +24,15 @@ def environment(num_device):
 
 
 def test_over_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS / "on_eight_devices.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n0",
+        str(TESTS / "on_eight_devices.py"),
+    ]
     result = subprocess.run(command, env=environment(8), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -109,14 +109,14 @@ def heuristic(pair_channel: int, dtype: Any) -> Config:
 def _device(mesh: Any = None) -> tuple[str, int | None]:
     """Platform that programs are traced for, and compute capability times ten if it is NVIDIA's.
 
-    Of the devices of `mesh` if it has any; else of an abstract device, which programs are compiled
-    for without having it; else of JAX's default device.
+    Of the devices of `mesh` if they are real; else of an abstract device, which programs are
+    compiled for without having it; else of JAX's default device.
     """
     device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if getattr(mesh, "devices", None) is not None:
+    if isinstance(mesh, jax.sharding.Mesh):
         device = mesh.devices.flat[0]
     elif abstract is not None and abstract.device_kind != device.device_kind:
         if not hasattr(plgpu, "get_gpu_info"):  # JAX 0.10 lowers for 9.0 where there is no GPU
