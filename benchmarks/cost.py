@@ -186,7 +186,7 @@ def _compile(
     import jax
 
     from benchmarks import problems, roofline
-    from benchmarks.hlo_traffic import traffic_bytes
+    from benchmarks.hlo_traffic import UnknownLoopLength, traffic_bytes
 
     sharding, context = _device(target_name)
     shapes = jax.eval_shape(
@@ -209,7 +209,10 @@ def _compile(
     row = CostRow(n, mode, candidate.label, memory.temp_size_in_bytes)
     if model.pair_rank:  # factors are small, and not what the traffic is about
         return row
-    traffic = traffic_bytes(hlo) / roofline.pair_bytes(model, n, bench.dtype)
+    try:
+        traffic = traffic_bytes(hlo) / roofline.pair_bytes(model, n, bench.dtype)
+    except UnknownLoopLength as error:  # as libtpu's compiler does
+        return dataclasses.replace(row, note=f"traffic not known: {error}")
     return dataclasses.replace(row, traffic=traffic)
 
 

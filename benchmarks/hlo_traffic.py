@@ -24,6 +24,10 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computa
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
+class UnknownLoopLength(ValueError):
+    """A program has a loop whose length the compiler does not tell."""
+
+
 class _Instruction(NamedTuple):
     name: str
     type: str
@@ -103,7 +107,7 @@ def _instruction_bytes(
     if x.opcode == "while":
         count = _TRIP_COUNT.search(x.rest)
         if count is None:
-            raise ValueError(f"hlo: the length of the loop {x.name} is not known.")
+            raise UnknownLoopLength(f"hlo: the length of the loop {x.name} is not known.")
         return int(count[1]) * sum(_computation_bytes(computations, c) for c in called)
     if x.opcode in ("call", "conditional", "async-start"):
         return sum(_computation_bytes(computations, c) for c in called)
