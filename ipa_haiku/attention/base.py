@@ -241,7 +241,7 @@ def masked_center(points: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       [..., 3], without gradient; zero where everything is masked.
     """
-    return _mean(points, (mask > 0)[..., None, :])[..., 0, :]
+    return _mean(points, mask > 0)
 
 
 def segment_center(
@@ -260,28 +260,30 @@ def segment_center(
     Returns:
       [..., M, 3], without gradient; zero for a segment without unmasked points.
     """
-    # A comparison per pair costs little beside attention and needs neither a sort nor a scatter.
-    same = of_segment_ids[..., :, None] == segment_ids[..., None, :]  # [..., M, N]
-    return _mean(points, same & (mask > 0)[..., None, :])
+
+    def center(segment: jax.Array) -> jax.Array:
+        return _mean(points, (segment_ids == segment[..., None]) & (mask > 0))
+
+    # A comparison per pair costs little beside attention and needs neither a sort nor a scatter;
+    # some residues at a time, so that it needs no array of M * N numbers either.
+    each = jnp.moveaxis(of_segment_ids, -1, 0)
+    return jnp.moveaxis(jax.lax.map(center, each, batch_size=128), 0, -2)
 
 
 def _mean(points: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Mean [..., M, 3] of those of points [..., N, 3] that are chosen [..., M, N].
+    """Mean [..., 3] of those of points [..., N, 3] that are chosen [..., N].
 
     XLA may compute it once for queries and once for keys, adding up in another order. The same
     bits come out, as all sums are of whole numbers: first of 1, then of what is left in 1/1024.
     """
     points = jax.lax.stop_gradient(points)
-    count = jnp.maximum(jnp.sum(chosen, axis=-1), 1)
-
-    def mean(x: jax.Array) -> jax.Array:  # of one coordinate [..., 1, N]
-        center = jnp.zeros((), x.dtype)
-        for unit in (1.0, 2.0**-10):
-            whole = jnp.round((x - center[..., None]) / unit).astype(jnp.int32)
-            center += unit * (jnp.sum(jnp.where(chosen, whole, 0), axis=-1) // count)
-        return center
-
-    return jnp.stack([mean(points[..., None, :, d]) for d in range(3)], axis=-1)
+    count = jnp.maximum(jnp.sum(chosen, axis=-1), 1)[..., None]
+    center = jnp.zeros((), points.dtype)
+    for unit in (1.0, 2.0**-10):
+        whole = jnp.round((points - center) / unit).astype(jnp.int32)
+        mean = jnp.sum(jnp.where(chosen[..., None], whole, 0), axis=-2) // count  # [..., 3]
+        center += unit * mean[..., None, :].astype(points.dtype)
+    return center[..., 0, :]
 
 
 def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ k keys, h heads, c channels.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,16 @@ from ipa_haiku.attention.base import (
     sum_of_squares,
     weighted_squares,
     widen,
+)
+from ipa_haiku.attention.rows import (
+    BY_ROW,
+    block_start,
+    by_rows,
+    narrow_rows,
+    num_block,
+    take_axis,
+    take_rows,
+    update,
 )
 
 # Products that involve points: never bfloat16 or TF32.
@@ -67,30 +77,57 @@ def attend(
     return for_each_protein(attend_one, inputs, "xla")
 
 
+class _Keys(NamedTuple):
+    """Of all keys, what the logits and their gradient are made of, laid out for products."""
+
+    scalar: jax.Array  # [H, C, Nk]
+    point: jax.Array  # [H, P*3, Nk]
+    value: jax.Array  # [Nk, H, Cv + Pv*3] scalar and point values side by side
+
+
+class _Softmax(NamedTuple):
+    """Attention weights (line 7) in two factors."""
+
+    weights: jax.Array  # [H, Nq, Nk] exp(logits - max)
+    scale: jax.Array  # [H, Nq] 1 / their sums
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, inputs: IPAInputs) -> IPAOutput:
     return _attend_fwd(static, inputs)[0]
 
 
 def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
-    weights = None
+    keys = _keys(widen(inputs))
+
+    def softmax_and_pair(start: jax.Array | int, size: int) -> tuple[_Softmax, jax.Array]:
+        x = take_rows(inputs, start, size)
+        softmax = _softmax(static, x, keys)
+        return softmax, _pair_output(static, x, softmax)
+
+    def outputs(start: jax.Array | int, size: int) -> IPAOutput:
+        return _outputs(inputs, keys, *softmax_and_pair(start, size))
+
+    first: Any = 0  # where the axis of rows is
+    second: Any = 1
     if static.query_block < inputs.num_query:
-        out = _forward_in_blocks(static, inputs)
+        softmax = None
+        out = by_rows(outputs, inputs, static.query_block, IPAOutput(first, first, first))
     else:
-        x = widen(inputs)
-        weights = _softmax(static, x)
-        out = _outputs(static, x, *weights)
+        axes = (_Softmax(second, second), first)
+        softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes)
+        out = _outputs(inputs, keys, softmax, pair)
     # The wide outputs are kept: the gradient takes a difference with them.
-    return _narrow(out, inputs), (inputs, out, weights)
+    return _narrow(out, inputs), (inputs, out, softmax)
 
 
 def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
-    inputs, out, weights = residuals
-    if weights is None:
+    inputs, out, softmax = residuals
+    if softmax is None:
         grads = _backward_in_blocks(static, inputs, out, cotangent)
     else:
         cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
-        grads = _backward(static, widen(inputs), out, weights, cotangent)
+        grads = _backward(static, inputs, out, softmax, cotangent)
     inputs = _without_segments(inputs)  # which have no gradient
     return (jax.tree.map(lambda g, a: g.astype(a.dtype), grads, inputs),)
 
@@ -98,12 +135,16 @@ def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tupl
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
-    """Attention weights as exp(logits - max) [H, Nq, Nk] and 1 / their sums [H, Nq] (line 7)."""
+def _keys(x: IPAInputs) -> _Keys:
+    value = jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
+    return _Keys(jnp.moveaxis(x.k_scalar, 0, -1), _coordinates(x.k_point), value)
+
+
+def _softmax(static: _Static, x: IPAInputs, keys: _Keys) -> _Softmax:
+    """Attention weights of the queries of x (line 7)."""
     scales = static.scales
     q_scalar = jnp.swapaxes(scales.scalar * x.q_scalar, 0, 1)  # [H, Nq, C]
-    k_scalar = jnp.moveaxis(x.k_scalar, 0, -1)  # [H, C, Nk]
-    logits = jnp.matmul(q_scalar, k_scalar, precision=static.precision)
+    logits = jnp.matmul(q_scalar, keys.scalar, precision=static.precision)
 
     # All of inputs_2d as one tall matrix; transposing the small result is cheaper than any
     # contraction that puts heads first.
@@ -111,18 +152,14 @@ def _softmax(static: _Static, x: IPAInputs) -> tuple[jax.Array, jax.Array]:
     pair = jnp.matmul(z, scales.pair * x.pair_weights, precision=static.precision)
     pair = (pair + scales.pair * x.pair_bias).reshape(x.num_query, x.num_key, x.num_head)
 
-    terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * _square_distance(x)
+    square_distance = sum_of_squares(_coordinates(x.q_point), keys.point)
+    terms = jnp.moveaxis(pair, -1, 0) - 0.5 * x.point_weights[:, None, None] * square_distance
     mask_2d = x.q_mask[:, None] * x.k_mask
     terms = terms - MASK_PENALTY * (1.0 - mask_2d)
     terms = subtract_segment_penalty(terms, x)
     logits = scales.total * (logits + in_one_loop(terms))
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    return weights, 1.0 / jnp.sum(weights, axis=-1)
-
-
-def _square_distance(x: IPAInputs) -> jax.Array:
-    """Squared distances of query and key points, summed over points [H, Nq, Nk]."""
-    return sum_of_squares(_coordinates(x.q_point), _coordinates(x.k_point))
+    return _Softmax(weights, 1.0 / jnp.sum(weights, axis=-1))
 
 
 def _coordinates(points: jax.Array) -> jax.Array:
@@ -130,69 +167,121 @@ def _coordinates(points: jax.Array) -> jax.Array:
     return jnp.moveaxis(_flat(points), 0, -1)
 
 
-def _outputs(static: _Static, x: IPAInputs, weights: jax.Array, scale: jax.Array) -> IPAOutput:
-    """Scalar, point and pair outputs from weights [H, Nq, Nk] times scale [H, Nq] (lines 8-10)."""
-    scale = scale.T[..., None]  # [Nq, H, 1]
-    value = scale * jnp.einsum("hqk,khc->qhc", weights, _values(x), precision=_HIGHEST)
+def _pair_output(static: _Static, x: IPAInputs, softmax: _Softmax) -> jax.Array:
+    """Pair output [Nq, H, C_z] of the queries of x (line 9)."""
     pair = jnp.einsum(
-        "qhk,qkc->qhc", jnp.swapaxes(weights, 0, 1), x.inputs_2d, precision=static.precision
+        "qhk,qkc->qhc",
+        jnp.swapaxes(softmax.weights, 0, 1),
+        x.inputs_2d,
+        precision=static.precision,
     )
-    scalar, point = jnp.split(value, [x.v_scalar.shape[-1]], axis=-1)
-    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), scale * pair)
+    return softmax.scale.T[..., None] * pair
+
+
+def _outputs(inputs: IPAInputs, keys: _Keys, softmax: _Softmax, pair: jax.Array) -> IPAOutput:
+    """The pair output with those of scalars and points (lines 8 and 10)."""
+    value = jnp.einsum("hqk,khc->qhc", softmax.weights, keys.value, precision=_HIGHEST)
+    value = softmax.scale.T[..., None] * value
+    scalar, point = jnp.split(value, [inputs.v_scalar.shape[-1]], axis=-1)
+    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), pair)
 
 
 def _backward(
-    static: _Static,
-    x: IPAInputs,
-    out: IPAOutput,
-    softmax: tuple[jax.Array, jax.Array],
-    cotangent: IPAOutput,
+    static: _Static, inputs: IPAInputs, out: IPAOutput, softmax: _Softmax, cotangent: IPAOutput
 ) -> IPAInputs:
     """Gradient of every input; zero for the masks by definition."""
-    weights, scale = softmax
-    scales, precision = static.scales, static.precision
-    # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
-    # the dot product of the outputs with their cotangents.
+    x = widen(inputs)
+    pair_scale = static.scales.pair
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    value = jnp.concatenate([out.scalar, _flat(out.point)], axis=-1)
-    delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
-    dattention = jnp.einsum("qhc,khc->hqk", dvalue, _values(x), precision=_HIGHEST)
-    dattention_pair = jnp.einsum("qkc,qhc->qkh", x.inputs_2d, cotangent.pair, precision=precision)
-    attention = scale[..., None] * weights
-    dlogits = attention * (dattention + jnp.moveaxis(dattention_pair, -1, 0) - delta.T[..., None])
-    dlogits = scales.total * dlogits
+    dlogits, dpair = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
 
-    dv = jnp.einsum("hqk,qhc->khc", attention, dvalue, precision=_HIGHEST)
+    dvalue = softmax.scale.T[..., None] * dvalue
+    dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
-    grads_qk = _backward_queries_and_keys(static, x, dlogits)
-
-    pair_weights = scales.pair * x.pair_weights.T  # [H, C_z]
-    dpair = jnp.einsum(
-        "qhk,qkc->qhc", jnp.swapaxes(dlogits, 0, 1), x.inputs_2d, precision=precision
-    )
-    # d(inputs_2d)_qk = sum_h attention_hqk dpair_qh + dlogits_hqk pair_weights_h, as one product.
-    left = jnp.concatenate([attention, dlogits], axis=0)  # [2H, Nq, Nk]
-    right = jnp.concatenate(
-        [cotangent.pair, jnp.broadcast_to(pair_weights, cotangent.pair.shape)], axis=1
-    )  # [Nq, 2H, C_z]
-    dinputs_2d = jnp.einsum("qgk,qgc->qkc", jnp.swapaxes(left, 0, 1), right, precision=precision)
+    dinputs_2d, sums_of_squares = by_rows(
+        functools.partial(_backward_rows, static, inputs, softmax, cotangent.pair, dlogits),
+        inputs, inputs.num_query, axes=(0, 1),
+    )  # fmt: skip
     return IPAInputs(
         v_scalar=dv_scalar,
         v_point=dv_point.reshape(x.v_point.shape),
         inputs_2d=dinputs_2d,
-        pair_weights=scales.pair * jnp.sum(dpair, axis=0).T,
+        pair_weights=pair_scale * jnp.sum(dpair, axis=0).T,
         # Shifts all logits of a row alike, so the softmax does not see it.
         pair_bias=jnp.zeros_like(x.pair_bias),
+        point_weights=-0.5 * jnp.sum(sums_of_squares, axis=-1),
         q_mask=jnp.zeros_like(x.q_mask),
         k_mask=jnp.zeros_like(x.k_mask),
-        **grads_qk,
+        **_backward_queries_and_keys(static, x, dlogits),
     )
+
+
+def _backward_logits(
+    static: _Static,
+    inputs: IPAInputs,
+    out: IPAOutput,
+    softmax: _Softmax,
+    cotangent: IPAOutput,
+    dvalue: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient of the logits [H, Nq, Nk], and its sums over keys of inputs_2d [Nq, H, C_z].
+
+    `dvalue` [Nq, H, Cv + Pv*3] is the cotangent of scalars and points.
+    """
+    # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
+    # the dot product of the outputs with their cotangents.
+    value = jnp.concatenate([out.scalar, _flat(out.point)], axis=-1)
+    delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
+    values = jnp.moveaxis(_keys(widen(inputs)).value, 0, -1)  # [H, Cv + Pv*3, Nk]
+
+    def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+        x = take_rows(inputs, start, size)
+        weights, scale = (take_axis(a, start, size, 1) for a in softmax)
+        dvalue_rows, dpair, delta_rows = (
+            take_axis(a, start, size) for a in (dvalue, cotangent.pair, delta)
+        )
+        dattention = jnp.matmul(jnp.swapaxes(dvalue_rows, 0, 1), values, precision=_HIGHEST)
+        dattention_pair = jnp.einsum("qkc,qhc->qkh", x.inputs_2d, dpair, precision=static.precision)
+        dattention += jnp.moveaxis(dattention_pair, -1, 0) - delta_rows.T[..., None]
+        dlogits = static.scales.total * scale[..., None] * weights * dattention
+        sums = jnp.einsum(
+            "qhk,qkc->qhc", jnp.swapaxes(dlogits, 0, 1), x.inputs_2d, precision=static.precision
+        )
+        return dlogits, sums
+
+    if inputs.inputs_2d.dtype == inputs.logits_dtype:
+        return rows(0, inputs.num_query)
+    return by_rows(rows, inputs, inputs.num_query, (1, 0))  # never all of inputs_2d in float32
+
+
+def _backward_rows(
+    static: _Static,
+    inputs: IPAInputs,
+    softmax: _Softmax,
+    dpair: jax.Array,
+    dlogits: jax.Array,
+    start: jax.Array | int,
+    size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Of some rows, d(inputs_2d) [q, Nk, C_z] and the sums of dlogits * |Q - K|^2 [H, q]."""
+    x = widen(inputs)
+    weights, scale, dlogits = (take_axis(a, start, size, 1) for a in (*softmax, dlogits))
+    # d(inputs_2d)_qk = sum_h attention_hqk dpair_qh + dlogits_hqk pair_weights_h, as one product.
+    dpair = scale.T[..., None] * take_axis(dpair, start, size)
+    pair_weights = jnp.broadcast_to(static.scales.pair * x.pair_weights.T, dpair.shape)
+    left = jnp.swapaxes(jnp.concatenate([weights, dlogits]), 0, 1)  # [q, 2H, Nk]
+    right = jnp.concatenate([dpair, pair_weights], axis=1)  # [q, 2H, C_z]
+    dinputs_2d = jnp.einsum("qgk,qgc->qkc", left, right, precision=static.precision)
+
+    q_point = take_axis(_coordinates(x.q_point), start, size, 2)
+    squares = weighted_squares(dlogits, q_point, _coordinates(x.k_point))
+    return narrow_rows(dinputs_2d, inputs, start), jnp.sum(squares, axis=-1)
 
 
 def _backward_queries_and_keys(
     static: _Static, x: IPAInputs, dlogits: jax.Array
 ) -> dict[str, jax.Array]:
-    """Gradients of scalar and point queries and keys, and of the point weights.
+    """Gradients of scalar and point queries and keys.
 
     With g = dlogits, d(q_point) = -w sum_k g_qk (Q_q - K_k) = w (sum_k g K_k - Q_q sum_k g), and
     likewise for keys: two products give all four gradients. The point weights' could come from
@@ -209,67 +298,42 @@ def _backward_queries_and_keys(
 
     w = x.point_weights[:, None]
     to_q, to_k = sum_k_point - q_point * sum_q_one, sum_q_point - k_point * sum_k_one
-    # One head at a time, so that no [H, Nq, Nk] array more is needed.
-    sums_of_squares = jax.lax.map(
-        lambda head: jnp.sum(weighted_squares(*head), axis=-1),
-        (dlogits, _coordinates(x.q_point), _coordinates(x.k_point)),
-    )  # [H, Nq]
     return {
         "q_scalar": static.scales.scalar * dq_scalar,
         "k_scalar": static.scales.scalar * dk_scalar,
         "q_point": (w * to_q).reshape(x.q_point.shape),
         "k_point": (w * to_k).reshape(x.k_point.shape),
-        "point_weights": -0.5 * jnp.sum(sums_of_squares, axis=-1),
     }
-
-
-_BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
-
-
-def _forward_in_blocks(static: _Static, inputs: IPAInputs) -> IPAOutput:
-    """The outputs, `query_block` rows at a time."""
-
-    def block(i: jax.Array | int) -> tuple[jax.Array, IPAOutput]:
-        start, rows = _rows(static, inputs, i)
-        x = widen(rows)
-        return start, _outputs(static, x, *_softmax(static, x))
-
-    def step(i: jax.Array, out: IPAOutput) -> IPAOutput:
-        start, rows = block(i)
-        return jax.tree.map(lambda a, b: _update(a, b, start), out, rows)
-
-    shapes = jax.eval_shape(block, 0)[1]
-    empty = jax.tree.map(lambda a: jnp.zeros((inputs.num_query, *a.shape[1:]), a.dtype), shapes)
-    return jax.lax.fori_loop(0, _num_block(static, inputs), step, empty)
 
 
 def _backward_in_blocks(
     static: _Static, inputs: IPAInputs, out: IPAOutput, cotangent: IPAOutput
 ) -> IPAInputs:
     """The gradient, `query_block` rows at a time, with attention weights computed anew."""
-    num_block = _num_block(static, inputs)
-    dtype = inputs.logits_dtype
+    block, num_query, dtype = static.query_block, inputs.num_query, inputs.logits_dtype
+    count = num_block(block, num_query)
+    keys = _keys(widen(inputs))
 
     def step(j: jax.Array, grads: IPAInputs) -> IPAInputs:
-        i = num_block - 1 - j
-        start, rows = _rows(static, inputs, i)
+        i = count - 1 - j
+        start = block_start(i, block, num_query)
         # The last block reaches back over rows of the one before it. They count for nothing in
         # it, and as it comes first, what it wrote there is written over.
-        fresh = start + jnp.arange(static.query_block) >= i * static.query_block
+        fresh = start + jnp.arange(block) >= i * block
         out_rows, cotangent_rows = (
-            jax.tree.map(lambda a: _slice(a, start, static.query_block).astype(dtype), tree)
+            jax.tree.map(lambda a: take_axis(a, start, block).astype(dtype), tree)
             for tree in (out, cotangent)
         )
         cotangent_rows = jax.tree.map(
             lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
         )
-        x = widen(rows)
-        block = _backward(static, x, out_rows, _softmax(static, x), cotangent_rows)
+        x = take_rows(inputs, start, block)
+        rows = _backward(static, x, out_rows, _softmax(static, x, keys), cotangent_rows)
         return IPAInputs(
             **{
-                name: _update(total, getattr(block, name), start)
-                if name in _BY_ROW
-                else total + getattr(block, name)
+                name: update(total, getattr(rows, name), start, 0)
+                if name in BY_ROW
+                else total + getattr(rows, name)
                 for name, total in grads._asdict().items()
                 if total is not None
             }
@@ -280,43 +344,16 @@ def _backward_in_blocks(
         for name, a in _without_segments(inputs)._asdict().items()
         if a is not None
     }
-    return jax.lax.fori_loop(0, num_block, step, IPAInputs(**zeros))
+    return jax.lax.fori_loop(0, count, step, IPAInputs(**zeros))
 
 
 def _without_segments(inputs: IPAInputs) -> IPAInputs:
     return inputs._replace(q_segment_ids=None, k_segment_ids=None)
 
 
-def _num_block(static: _Static, inputs: IPAInputs) -> int:
-    return -(-inputs.num_query // static.query_block)
-
-
-def _rows(static: _Static, inputs: IPAInputs, i: jax.Array | int) -> tuple[jax.Array, IPAInputs]:
-    """First row and inputs of block i; the last block is moved back to be as long as the rest."""
-    start = jnp.minimum(i * static.query_block, inputs.num_query - static.query_block)
-    rows = {
-        name: jax.tree.map(lambda a: _slice(a, start, static.query_block), getattr(inputs, name))
-        for name in _BY_ROW
-    }
-    return start, inputs._replace(**rows)
-
-
-def _slice(a: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size)
-
-
-def _update(a: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, block.astype(a.dtype), start, axis=0)
-
-
 def _flat(points: jax.Array) -> jax.Array:
     """[..., P, 3] -> [..., P*3]."""
     return points.reshape(*points.shape[:-2], -1)
-
-
-def _values(x: IPAInputs) -> jax.Array:
-    """Scalar and point values side by side, [Nk, H, Cv + Pv*3]."""
-    return jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
 
 
 def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:

@@ -1,0 +1,132 @@
+"""Query rows a block at a time: to bound memory and, on CPUs, to keep `inputs_2d` in a cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ipa_haiku.attention.base import IPAInputs, widen
+
+# The arguments that have a row for each query.
+BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
+
+# XLA:CPU reads memory once for all products of a block of this size: it stays in a cache.
+_CACHED_BYTES = 2 * 2**20
+
+
+def by_rows(
+    compute: Callable[[Any, int], Any], inputs: IPAInputs, query_block: int, axes: Any
+) -> Any:
+    """What `compute` makes of all queries, at most `query_block` of them at a time.
+
+    Args:
+      compute: from the first row and the number of rows to arrays that have these rows.
+      inputs: the arguments of one protein.
+      query_block: how many rows at a time; CPUs take fewer.
+      axes: of the rows in each array that `compute` returns.
+
+    Returns:
+      The arrays with all rows.
+    """
+    num_query = inputs.num_query
+
+    def in_blocks(block: int) -> Any:
+        if block >= num_query:
+            return compute(0, num_query)
+
+        def rows(start: jax.Array | int) -> Any:
+            return jax.tree.map(_as_bits, compute(start, block))
+
+        def step(i: jax.Array, results: Any) -> Any:
+            start = block_start(i, block, num_query)
+            return update(results, rows(start), start, axes)
+
+        shapes = jax.eval_shape(lambda: compute(0, block))
+        results = jax.tree.map(
+            lambda a, axis: _as_bits(jnp.zeros(_with_rows(a.shape, num_query, axis), a.dtype)),
+            shapes, axes,
+        )  # fmt: skip
+        results = jax.lax.fori_loop(0, num_block(block, num_query), step, results)
+        return jax.tree.map(lambda a, b: jax.lax.bitcast_convert_type(a, b.dtype), results, shapes)
+
+    bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
+    cached = max(_CACHED_BYTES // bytes_per_row, 1)
+    return jax.lax.platform_dependent(
+        cpu=lambda: in_blocks(min(query_block, cached)), default=lambda: in_blocks(query_block)
+    )
+
+
+def num_block(block: int, num_query: int) -> int:
+    """How many blocks there are."""
+    return -(-num_query // block)
+
+
+def block_start(i: jax.Array | int, block: int, num_query: int) -> jax.Array:
+    """First row of block i; the last block is moved back to be as long as the rest."""
+    return jnp.minimum(i * block, num_query - block)
+
+
+def take_rows(inputs: IPAInputs, start: jax.Array | int, size: int) -> IPAInputs:
+    """The arguments with `size` of their rows, in float32 (or float64)."""
+    if size == inputs.num_query:
+        return widen(inputs)
+
+    def take(inputs_2d: jax.Array, start: jax.Array | int) -> jax.Array:
+        return take_axis(inputs_2d, start, size).astype(inputs.logits_dtype)
+
+    rows = {
+        name: jax.tree.map(lambda a: take_axis(a, start, size), getattr(inputs, name))
+        for name in BY_ROW
+        if name != "inputs_2d"
+    }
+    # XLA:CPU would copy the rows once for each product that takes them.
+    rows["inputs_2d"] = _as_one_array(take, inputs, start, inputs.inputs_2d, start)
+    return widen(inputs._replace(**rows))
+
+
+def narrow_rows(rows: jax.Array, inputs: IPAInputs, start: jax.Array | int) -> jax.Array:
+    """Rows from `start` in the dtype of `inputs_2d`."""
+    dtype = inputs.inputs_2d.dtype
+    if rows.dtype == dtype:
+        return rows
+    # XLA:CPU would round them in the loop that writes them to the result, on one core.
+    return _as_one_array(lambda rows: rows.astype(dtype), inputs, start, rows)
+
+
+def _as_one_array(
+    compute: Callable[..., jax.Array], inputs: IPAInputs, start: jax.Array | int, *args: Any
+) -> jax.Array:
+    """`compute(*args)`, which on CPUs is not fused with what takes it.
+
+    What a conditional returns is one array; and that the first row is one of the rows always holds,
+    which is not for the compiler to see.
+    """
+
+    def conditional(*args: Any) -> jax.Array:
+        return jax.lax.cond(start < inputs.num_query, compute, compute, *args)
+
+    return jax.lax.platform_dependent(*args, cpu=conditional, default=compute)
+
+
+def take_axis(a: jax.Array, start: jax.Array | int, size: int, axis: int = 0) -> jax.Array:
+    """`size` elements along an axis."""
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+
+def update(results: Any, rows: Any, start: jax.Array, axes: Any) -> Any:
+    """`results` with some rows, along `axes`, replaced."""
+
+    def update_array(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, axis)
+
+    return jax.tree.map(update_array, results, rows, axes)
+
+
+def _as_bits(a: jax.Array) -> jax.Array:
+    """bfloat16 and float16 as integers: XLA:CPU would round them anew as it puts them in place."""
+    return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype.itemsize == 2 else a
+
+
+def _with_rows(shape: tuple[int, ...], num_query: int, axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], num_query, *shape[axis + 1 :])
