@@ -124,4 +124,4 @@ def _unstack(
 
 
 def _slices(tensor: jax.Array) -> list[jax.Array]:
-    return [tensor[..., i] for i in range(3)]
+    return [x[..., 0] for x in jax.lax.split(tensor, (1, 1, 1), axis=-1)]
