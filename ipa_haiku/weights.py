@@ -5,23 +5,29 @@ no bit changes on the way. An .npz file of AF2 holds them flat, under keys `<sco
 function checks all that it is given before it makes anything, and changes none of its arguments.
 """
 
-import dataclasses
 import io
 import os
-import types
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Set
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from ipa_haiku.config import IPAConfig
+from ipa_haiku.parameter_shapes import (
+    ANY_SIZES,
+    POINT_WEIGHTS,
+    Sizes,
+    Variant,
+    check_keys,
+    check_module,
+    check_shapes,
+    shapes_of,
+)
 
 Params = dict[str, dict[str, Any]]
 ParamsLike = Mapping[str, Mapping[str, Any]]
-Variant = Literal["monomer", "multimer"]
 Layout = Literal["openfold", "esmfold"]
 
 
@@ -201,7 +207,7 @@ def replace_module(
     old, new = _module(params, scope), _module(module_params)
     if old.variant != new.variant:
         raise ValueError(f"{old.scope} is of the {old.variant}, {new.scope} of the {new.variant}.")
-    _check_shapes(new.arrays, {key: x.shape for key, x in old.arrays.items()}, new.scope.__add__)
+    check_shapes(new.arrays, {key: x.shape for key, x in old.arrays.items()}, new.scope.__add__)
     replaced = {old.scope + key: x for key, x in new.arrays.items()}
     return _unflatten(_flatten(params) | replaced)
 
@@ -224,18 +230,18 @@ class _Module(NamedTuple):
     scope: str
     arrays: dict[str, np.ndarray]  # under what their keys have after the scope
     variant: Variant
-    sizes: "_Sizes"
+    sizes: Sizes
 
 
 def _module(params: ParamsLike, scope: str | None = None, config: Any = None) -> _Module:
     """The module at `scope`, checked; the only one there is if that is None."""
     if scope is None:
-        scopes = [s for s, arrays in params.items() if _POINT_WEIGHTS.removeprefix("//") in arrays]
+        scopes = [s for s, arrays in params.items() if POINT_WEIGHTS.removeprefix("//") in arrays]
         if len(scopes) != 1:
             raise KeyError(f"one scope with trainable_point_weights expected, found {scopes}")
         (scope,) = scopes
     arrays = {key: np.asarray(x) for key, x in _below(params, scope).items()}
-    return _Module(scope, arrays, *_check_module(arrays, scope.__add__, config))
+    return _Module(scope, arrays, *check_module(arrays, scope.__add__, config))
 
 
 # --- OpenFold and ESMFold ------------------------------------------------------------------------
@@ -272,13 +278,13 @@ def from_openfold(
         candidates, key=lambda kind: len(theirs.keys() & candidates[kind].values())
     )
     names = candidates[variant, layout]
-    _check_keys(theirs.keys(), set(names.values()))
-    num_head = max(theirs[names[_POINT_WEIGHTS]].size, 1)  # none at all is refused below
+    check_keys(theirs.keys(), set(names.values()))
+    num_head = max(theirs[names[POINT_WEIGHTS]].size, 1)  # none at all is refused below
     module = {
         key: _from_linear(theirs[names[key]], names[key], shape, num_head)
-        for key, shape in _shapes(variant, _ANY_SIZES).items()
+        for key, shape in shapes_of(variant, ANY_SIZES).items()
     }
-    _check_module(module, lambda key: f"{names[key]}, transposed,")
+    check_module(module, lambda key: f"{names[key]}, transposed,")
     return _unflatten({name + key: x for key, x in module.items()})
 
 
@@ -349,7 +355,7 @@ def _start(prefix: str) -> str:
 def _openfold_keys(variant: Variant, layout: Layout, start: str) -> dict[str, str]:
     """Our keys of all parameters and OpenFold's."""
     names = {}
-    for key in _shapes(variant, _ANY_SIZES):
+    for key in shapes_of(variant, ANY_SIZES):
         child, _, name = key.partition("//")
         linear = _OPENFOLD_LINEAR.get(child, "")
         if layout == "openfold" and linear.endswith("_points"):
@@ -385,113 +391,3 @@ def _to_linear(x: np.ndarray, key: str) -> np.ndarray:
     """The inverse of `_from_linear`."""
     inputs = x.shape[: key.endswith("//weights")]
     return np.array(x.reshape(*inputs, -1).T, order="C")
-
-
-# --- names and shapes of the parameters ----------------------------------------------------------
-
-# Keys in this part are what follows the scope of the attention module.
-_POINT_WEIGHTS = "//trainable_point_weights"
-
-
-class _Sizes(NamedTuple):
-    num_single: int  # channels of inputs_1d
-    num_pair: int  # channels of inputs_2d
-    config: Any
-
-
-_ANY_SIZES = _Sizes(1, 1, IPAConfig())  # for names and numbers of dimensions
-
-
-def _shapes(variant: Variant, sizes: _Sizes) -> dict[str, tuple[int, ...]]:
-    """The parameters of a module and their shapes."""
-    c, c_s, c_z = sizes.config, sizes.num_single, sizes.num_pair
-    h, p, pv = c.num_head, c.num_point_qk, c.num_point_v
-    shapes: dict[str, tuple[int, ...]] = {_POINT_WEIGHTS: (h,)}
-    if variant == "monomer":
-        shapes |= _linear("q_scalar", c_s, h * c.num_scalar_qk)
-        shapes |= _linear("kv_scalar", c_s, h * (c.num_scalar_qk + c.num_scalar_v))
-        shapes |= _linear("q_point_local", c_s, h * 3 * p)
-        shapes |= _linear("kv_point_local", c_s, h * 3 * (p + pv))
-    else:
-        for x, channels in ("q", c.num_scalar_qk), ("k", c.num_scalar_qk), ("v", c.num_scalar_v):
-            shapes[f"/{x}_scalar_projection//weights"] = (c_s, h, channels)
-        for x, points in ("q", p), ("k", p), ("v", pv):
-            shapes |= _linear(f"{x}_point_projection/point_projection", c_s, h, 3 * points)
-    shapes |= _linear("attention_2d", c_z, h)
-    return shapes | _linear("output_projection", h * (c.num_scalar_v + 4 * pv + c_z), c.num_channel)
-
-
-def _linear(child: str, inputs: int, *outputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"/{child}//weights": (inputs, *outputs), f"/{child}//bias": outputs}
-
-
-def _sizes(variant: Variant, module: Mapping[str, np.ndarray]) -> _Sizes:
-    """The sizes of a module of which the shapes fit together, and something for any other."""
-    shapes = {key: x.shape for key, x in module.items()}
-    h = max(shapes[_POINT_WEIGHTS][0], 1)  # none at all is refused for its shape
-    if variant == "monomer":
-        q, kv, q_point, kv_point = (
-            shapes[f"/{child}//bias"][0] // h
-            for child in ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
-        )
-        v, v_point = kv - q, kv_point - q_point
-        num_single = shapes["/q_scalar//weights"][0]
-    else:
-        num_single, _, q = shapes["/q_scalar_projection//weights"]
-        v = shapes["/v_scalar_projection//weights"][2]
-        q_point, v_point = (
-            shapes[f"/{x}_point_projection/point_projection//bias"][1] for x in "qv"
-        )
-    config = types.SimpleNamespace(
-        num_head=h,
-        num_scalar_qk=q,
-        num_scalar_v=v,
-        num_point_qk=q_point // 3,
-        num_point_v=v_point // 3,
-        num_channel=shapes["/output_projection//bias"][0],
-    )
-    return _Sizes(num_single, shapes["/attention_2d//weights"][0], config)
-
-
-def _check_module(
-    module: Mapping[str, np.ndarray], label: Callable[[str], str], config: Any = None
-) -> tuple[Variant, _Sizes]:
-    """Checks names, dtypes and shapes of all parameters; returns the kind of module they make."""
-    variant = max(
-        get_args(Variant), key=lambda v: len(_shapes(v, _ANY_SIZES).keys() & module.keys())
-    )
-    ranks = {key: len(shape) for key, shape in _shapes(variant, _ANY_SIZES).items()}
-    _check_keys({label(key) for key in module}, {label(key) for key in ranks})
-    for key, x in module.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{label(key)} must be floating-point, got {x.dtype}.")
-        if x.ndim != ranks[key]:
-            raise ValueError(f"{label(key)} must have {ranks[key]} dimensions, got {x.shape}.")
-    sizes = _sizes(variant, module)
-    if config is not None:
-        sizes = sizes._replace(config=config)
-    _check_shapes(module, _shapes(variant, sizes), label)
-    fields = (field.name for field in dataclasses.fields(IPAConfig))
-    return variant, sizes._replace(
-        config=IPAConfig(**{field: getattr(sizes.config, field) for field in fields})
-    )
-
-
-def _check_keys(found: Set[str], expected: Set[str]) -> None:
-    missing, superfluous = sorted(expected - found), sorted(found - expected)
-    if missing or superfluous:
-        raise KeyError(f"parameters of the module: missing {missing}, superfluous {superfluous}")
-
-
-def _check_shapes(
-    module: Mapping[str, np.ndarray],
-    expected: Mapping[str, tuple[int, ...]],
-    label: Callable[[str], str],
-) -> None:
-    wrong = [
-        f"{label(key)} has shape {x.shape} instead of {expected[key]}"
-        for key, x in module.items()
-        if x.shape != expected[key]
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))

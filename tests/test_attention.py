@@ -64,6 +64,9 @@ CASES = {
 }
 
 
+# Kernels apart, they compile what others do, but for sizes and another half precision.
+SLOW_CASES = ("more_than_a_block", "float16")
+
 # What kernels are tested with by default: all that is like "prime" is one compilation.
 PALLAS_CASES = [
     case
@@ -169,7 +172,10 @@ class ImplementationTests:
     def inputs(self, sizes_of, make_core_inputs):
         return make_core_inputs(sizes_of("tiny"), 6, 7, mask="holed")
 
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_CASES)) for name in CASES],
+    )
     def test_error_budget(self, name, compute):
         fast = compute(CASES[name], tuple(self.options.items()))
         reference = compute(CASES[name], REFERENCE)
@@ -436,7 +442,7 @@ class TestPallas(ImplementationTests):
     @pytest.mark.parametrize(
         "name",
         [
-            pytest.param(name, marks=[] if CASES[name] in PALLAS_CASES else pytest.mark.slow)
+            pytest.param(name, marks=[pytest.mark.slow] * (CASES[name] not in PALLAS_CASES))
             for name in CASES
         ],
     )

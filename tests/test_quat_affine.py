@@ -1,5 +1,6 @@
 """The twin of AF2's quat_affine: same bits, and finite gradients where AF2's are not."""
 
+import functools
 import inspect
 
 import jax
@@ -154,6 +155,10 @@ def cotangent(x):
     return jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
+# Calls that are not jitted compile operation by operation; those of this many frames do so once.
+EAGER = 6
+
+
 def random_inputs(rng, n):
     def normal(*shape):
         return rng.normal(size=(n, *shape)).astype(np.float32)
@@ -190,11 +195,18 @@ def test_same_bits_as_af2(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_bits_as_af2_without_jit(name):
-    x = random_inputs(np.random.default_rng(0), 7)
+    x = random_inputs(np.random.default_rng(0), EAGER)
     assert_same_bits(CALLS[name](ours, x), CALLS[name](af2, x))
 
 
-@pytest.mark.parametrize("name", CALLS)
+# Seconds to compile, of functions that are made of others here.
+SLOW_GRADIENTS = ("make_transform_from_reference", "pre_compose_twice")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_GRADIENTS)) for name in CALLS],
+)
 def test_same_gradient_as_af2(name):
     x = random_inputs(np.random.default_rng(1), 17)
 
@@ -242,20 +254,22 @@ def test_af2s_own_unit_tests_pass_with_this_module(monkeypatch):
 
 
 def test_af2s_functions_accept_our_frames():
-    x = random_inputs(np.random.default_rng(2), 5)
+    x = random_inputs(np.random.default_rng(2), EAGER)
     assert_same_bits(*(tuple(r3.rigids_from_quataffine(frames(m, x))) for m in (ours, af2)))
     assert repr(frames(ours, x)) == repr(frames(af2, x))
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_leading_dimensions(name):
-    x = random_inputs(np.random.default_rng(3), 6)
+    x = random_inputs(np.random.default_rng(3), EAGER)
     batched = {key: value.reshape(2, 3, *value.shape[1:]) for key, value in x.items()}
     flat, deep = (CALLS[name](ours, inputs) for inputs in (x, batched))
     assert_same_bits(deep, jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), flat))
 
 
 # --- rotation to quaternion ----------------------------------------------------------------------
+
+tensor_to_quat = jax.jit(functools.partial(ours.rot_to_quat, unstack_inputs=True))
 
 
 def test_rot_to_quat_inverts_quat_to_rot():
@@ -285,7 +299,7 @@ def test_rot_to_quat_of_special_rotations(name):
 @pytest.mark.parametrize("angle", [1e-12, 1e-6, 1e-4])
 def test_rot_to_quat_keeps_the_digits_of_tiny_angles(angle):
     q, rotation = axis_angle(OBLIQUE, angle)
-    actual = ours.rot_to_quat(rotation.astype(np.float32), unstack_inputs=True)
+    actual = tensor_to_quat(rotation.astype(np.float32))
     np.testing.assert_allclose(actual[1:], q[1:], rtol=4 * EPS)
 
 
@@ -310,7 +324,7 @@ def hamilton(p, q):
 def test_rot_to_quat_derivative_is_half_the_angular_velocity(name, axis):
     _, rotation = SPECIAL[name]
     primal, derivative = jax.jvp(
-        lambda r: ours.rot_to_quat(r, unstack_inputs=True),
+        tensor_to_quat,
         (rotation.astype(np.float32),),
         (tangent(axis, rotation).astype(np.float32),),
     )
@@ -325,17 +339,13 @@ def test_rot_to_quat_gradient_against_numerical_differences(name):
     rotation = rotation_matrices(random_quaternions(rng)) if name == "random" else SPECIAL[name][1]
     axis, weights, step = rng.normal(size=3), rng.normal(size=4), 1e-5
     with jax.enable_x64(True):
-
-        def quaternion(r):
-            return ours.rot_to_quat(r, unstack_inputs=True)
-
-        base, pullback = jax.vjp(quaternion, rotation)
+        base, pullback = jax.vjp(tensor_to_quat, rotation)
         assert base.dtype == jnp.float64
         (gradient,) = pullback(weights)
 
         def at(t):
             turned = axis_angle(axis, t * np.linalg.norm(axis))[1] @ rotation
-            return same_sign(np.asarray(quaternion(turned)), np.asarray(base)) @ weights
+            return same_sign(np.asarray(tensor_to_quat(turned)), np.asarray(base)) @ weights
 
         # Error of the difference: step^2 = 1e-10 from the third derivative, 1e-11 from rounding.
         expected = (at(step) - at(-step)) / (2 * step)
@@ -345,7 +355,7 @@ def test_rot_to_quat_gradient_against_numerical_differences(name):
 
 def test_rot_to_quat_is_finite_for_matrices_that_are_no_rotations():
     matrices = jnp.stack([jnp.zeros((3, 3)), -jnp.eye(3), jnp.ones((3, 3)), 1e4 * jnp.eye(3)])
-    value, pullback = jax.vjp(lambda r: ours.rot_to_quat(r, unstack_inputs=True), matrices)
+    value, pullback = jax.vjp(tensor_to_quat, matrices)
     np.testing.assert_allclose(jnp.linalg.norm(value, axis=-1), 1, atol=2 * EPS)
     assert np.all(np.isfinite(pullback(jnp.ones((4, 4)))[0]))
 
@@ -429,7 +439,7 @@ def without_quaternion(affine):
 
 @pytest.mark.parametrize("change", [lambda affine: affine, without_quaternion], ids=["all", "none"])
 def test_flattening_keeps_everything(change):
-    affine = change(random_frames(0, 3))
+    affine = change(random_frames(0, EAGER))
     leaves, structure = jax.tree.flatten(affine)
     assert len(leaves) == (12 if affine.quaternion is None else 13)
     again = jax.tree.unflatten(structure, leaves)
@@ -439,13 +449,13 @@ def test_flattening_keeps_everything(change):
 
 
 def test_unflattening_does_not_check_or_normalise():
-    affine = random_frames(0, 3)
+    affine = random_frames(0, EAGER)
     doubled = jax.tree.map(lambda x: 2 * x, affine)
     assert_same_bits(doubled.quaternion, 2 * affine.quaternion)
     placeholders = jax.tree.map(lambda x: object(), affine)
     assert len(placeholders.rotation) == 3
     shapes = jax.eval_shape(lambda a: a.inverse(), affine)
-    assert shapes.quaternion.shape == (3, 4)
+    assert shapes.quaternion.shape == (EAGER, 4)
 
 
 def test_vmap_equals_batched_call():
@@ -454,7 +464,7 @@ def test_vmap_equals_batched_call():
 
 
 def test_grad_with_respect_to_frames():
-    affine = random_frames(3, 5)
+    affine = random_frames(3, EAGER)
     gradient = jax.grad(lambda a: jnp.sum(a.to_tensor() ** 2))(affine)
     assert isinstance(gradient, QuatAffine)
     np.testing.assert_allclose(gradient.to_tensor(), 2 * affine.to_tensor(), rtol=EPS)
@@ -535,7 +545,7 @@ def test_from_backbone(far):
 
 @pytest.mark.parametrize("change", [lambda affine: affine, without_quaternion], ids=["all", "none"])
 def test_compose_applies_the_other_first(change):
-    first, second = random_frames(10, 6), change(random_frames(11, 6))
+    first, second = random_frames(10, EAGER), change(random_frames(11, EAGER))
     point = split(jnp.asarray(np.random.default_rng(12).normal(size=(6, 3)), jnp.float32))
     product = second.compose(first)
     assert (product.quaternion is None) == (second.quaternion is None)
@@ -548,7 +558,7 @@ def test_compose_applies_the_other_first(change):
 
 @pytest.mark.parametrize("change", [lambda affine: affine, without_quaternion], ids=["all", "none"])
 def test_inverse(change):
-    affine = change(random_frames(13, 6))
+    affine = change(random_frames(13, EAGER))
     inverse = affine.inverse()
     assert (inverse.quaternion is None) == (affine.quaternion is None)
     point = split(jnp.asarray(np.random.default_rng(14).normal(size=(6, 3)), jnp.float32))

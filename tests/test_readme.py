@@ -22,7 +22,9 @@ def write_released_layout(path):
     module = hk.transform(apply)
     key = jax.random.key(0)
     inputs_1d, inputs_2d = jax.numpy.ones((2, 384)), jax.numpy.ones((2, 2, 128))
-    params = module.init(key, inputs_1d, inputs_2d, inputs_1d[:, :1], QuatAffine.identity(2))
+    params = jax.jit(module.init)(
+        key, inputs_1d, inputs_2d, inputs_1d[:, :1], QuatAffine.identity(2)
+    )
     weights.write_npz(path, weights.rename_scope(params, "invariant_point_attention", SCOPE))
 
 

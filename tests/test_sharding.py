@@ -23,16 +23,10 @@ def environment(num_device):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def test_over_eight_devices():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n0",
-        str(TESTS / "on_eight_devices.py"),
-    ]
+@pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_over_eight_devices(mark):
+    program = str(TESTS / "on_eight_devices.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", mark, program]
     result = subprocess.run(command, env=environment(8), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 

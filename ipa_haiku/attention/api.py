@@ -65,8 +65,9 @@ def select_implementation(
       `Selection` of the implementation, the number of query rows at a time, and the reason.
 
     Raises:
-      ValueError: if there is no such implementation, or `query_block` or `memory_budget` is not a
-        positive integer, or `sharding` does not fit the batch dimensions.
+      ValueError: if there is no such implementation, `query_block` or `memory_budget` is not a
+        positive integer, `config` is given to another implementation than 'pallas', or `sharding`
+        does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -187,7 +188,8 @@ def invariant_point_attention(
       query_block: how many query rows to process at a time, so that temporaries stay small; None
         for as many as `memory_budget` allows. Not 'reference'.
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
-        processed in blocks.
+        processed in blocks. What a block copies comes on top: its rows of an array `inputs_2d`, of
+        their gradient, and the one-hot rows of the table of a `RelativePositionPair`.
       return_attention: also return the attention weights and the three logit terms.
       q_segment_ids: [..., Nq] any integers; None for one segment. A query attends to the keys of
         its own segment as if there were no others. It must have one: the result of a query whose

@@ -177,9 +177,9 @@ def check_inputs(inputs: IPAInputs) -> None:
 
     Raises:
       TypeError: if an argument is not an array.
-      ValueError: if there are pair weights for no pair representation.
       AssertionError: naming the first argument that does not fit, its axes and both shapes.
-      ValueError: if only one of queries and keys has segments.
+      ValueError: if there are pair weights for no pair representation, or only one of queries and
+        keys has segments.
     """
     if (inputs.q_segment_ids is None) != (inputs.k_segment_ids is None):
         raise ValueError("q_segment_ids and k_segment_ids: give both or neither.")
@@ -356,6 +356,14 @@ def widen(inputs: IPAInputs) -> IPAInputs:
         return x.astype(inputs.logits_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(widen_array, inputs)
+
+
+def narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
+    """Outputs in the dtypes that `IPAOutput` promises for such inputs."""
+    return out._replace(
+        scalar=out.scalar.astype(inputs.v_scalar.dtype),
+        pair=None if out.pair is None else out.pair.astype(inputs.inputs_2d.dtype),
+    )
 
 
 def sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, axes_of
+from ipa_haiku.attention.base import IPAInputs, IPAOutput, axes_of, narrow, widen
 
 # Those of each array in a field.
 _OUTPUT_AXES = {
@@ -37,9 +37,6 @@ class RowSharding:
         not, rows are padded inside, and `inputs_2d` is best padded (and masked) by the caller.
       batch_axis: axis of `mesh` that the first batch dimension is sharded over; None to have all
         proteins on every device of `row_axis`.
-
-    In half precision the gradients of what every device holds, such as keys and weights, are
-    rounded on each device before they are added up.
 
     Raises:
       ValueError: if `mesh` has no such axis, or both are the same.
@@ -89,9 +86,14 @@ class RowSharding:
         padding = -num_query % self.mesh.shape[self.row_axis]
         axes = axes_of(inputs)
         specs = jax.tree.map(lambda a: self._spec(a, num_batch), axes)
-        inputs = jax.tree.map(
-            lambda x, a, spec: self._place(_pad_queries(x, a, padding), spec), inputs, axes, specs
-        )
+        # Implementations widen everything. What every device holds is widened out here already, so
+        # that its gradients are narrowed after their sum over devices, as they are on one device.
+        arrays = jax.tree.map(
+            lambda x, w, a, spec: self._place(
+                _pad_queries(x, a, padding) if "Nq" in a else w, spec
+            ),
+            inputs, widen(inputs), axes, specs,
+        )  # fmt: skip
         out_specs: Any = {name: self._spec(a, num_batch) for name, a in _OUTPUT_AXES.items()}
         out = jax.shard_map(
             attend,
@@ -102,7 +104,8 @@ class RowSharding:
             # kernels), so this cannot be checked. JAX then sums the gradients of what is
             # replicated over all devices, which is what is wanted of keys, values and weights.
             check_vma=False,
-        )(inputs)
+        )(arrays)
+        out = narrow(out, inputs)
         if not padding:
             return out
 
@@ -138,7 +141,7 @@ def _query_axis(axes: str) -> int:
 
 def _pad_queries(x: jax.Array, axes: str, padding: int) -> jax.Array:
     """`padding` more rows of zeros, masked as such; `x` itself if there is nothing to pad."""
-    if "Nq" not in axes or not padding:
+    if not padding:
         return x
     widths = [(0, 0)] * x.ndim
     widths[_query_axis(axes)] = (0, padding)
