@@ -126,7 +126,7 @@ def compute(target_name: str, bench: Bench) -> list[CostRow]:
         process = subprocess.run(
             [sys.executable, "-m", "benchmarks.cost", target_name],
             input=json.dumps(dataclasses.asdict(bench)),
-            env=os.environ | _environment(target_name, Path(directory)),
+            env=os.environ | environment(target_name, Path(directory)),
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
@@ -138,7 +138,7 @@ def compute(target_name: str, bench: Bench) -> list[CostRow]:
     return [CostRow(**row) for row in json.loads(process.stdout.splitlines()[-1])]
 
 
-def _environment(target_name: str, directory: Path) -> dict[str, str]:
+def environment(target_name: str, directory: Path) -> dict[str, str]:
     """What must be set before JAX starts; links CUDA's tools, of Triton's package, in a folder."""
     common = {"JAX_PLATFORMS": "cpu"}
     if target_name == "v5e":
@@ -188,7 +188,7 @@ def _compile(
     from benchmarks import problems, roofline
     from benchmarks.hlo_traffic import UnknownLoopLength, traffic_bytes
 
-    sharding, context = _device(target_name)
+    sharding, context = device(target_name)
     shapes = jax.eval_shape(
         lambda key: candidate.arguments(
             problems.make_problem("module", model, n, bench.dtype, key)
@@ -216,7 +216,7 @@ def _compile(
     return dataclasses.replace(row, traffic=traffic)
 
 
-def _device(target_name: str) -> tuple[Any, Any]:
+def device(target_name: str) -> tuple[Any, Any]:
     """The sharding that puts arrays on one device of a target, and the context to lower in."""
     import jax
     import numpy as np

@@ -109,10 +109,7 @@ def af2_and_exact(position_scale, offset):
 def test_error_budget(implementation, position_scale, offset, factor):
     af2, exact = af2_and_exact(position_scale, offset)
     fast = stack(our_module(implementation), position_scale, offset)
-    # In raw A the kernels are allowed twice as much: their gradient of the point weights is a
-    # difference of sums over coordinates, which are 100 times larger when squared.
-    limit = 4.0 if implementation == "pallas" and position_scale == 1.0 else 2.0
-    assert_within_error_budget(fast, af2, exact, factor=limit)
+    assert_within_error_budget(fast, af2, exact, factor=2.0)
     if factor < 1:
         # What depends on coordinates; the rest has no error to lose.
         for part in (lambda x: x["output"], lambda x: x["gradients"][3]):

@@ -36,6 +36,10 @@ CASES = {
     "256": {"num_query": 256},
     "bfloat16": {"num_query": 256, "dtype": "bfloat16"},
     "float16": {"num_query": 100, "dtype": "float16"},
+    "segments": {"num_query": 150, "mask": "holed", "segments": 3},
+    "segments_of_fewer_queries": {"num_query": 37, "num_key": 200, "segments": 2},
+    "blocks_of_rows": {"num_query": 150, "mask": "holed", "query_block": 64},
+    "segments_in_blocks_of_rows": {"num_query": 150, "segments": 3, "query_block": 64},
     "512": {"num_query": 512, "mask": "holed"},
     "1024": {"num_query": 1024, "mask": "padded"},
 }
@@ -54,9 +58,10 @@ def run(inputs, cotangents, implementation, query_block=None):
         )[:3]  # fmt: skip
 
     outputs, pull_back = jax.vjp(fn, inputs)
+    # Those of integers are of a type that has no numbers; they are left out below.
     (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
     gradients = gradients._asdict()
-    for name in ("q_mask", "k_mask", "pair_bias"):
+    for name in ("q_mask", "k_mask", "pair_bias", "q_segment_ids", "k_segment_ids"):
         del gradients[name]
     return outputs, gradients
 
@@ -65,8 +70,13 @@ def run(inputs, cotangents, implementation, query_block=None):
 def problem(sizes_of, make_core_inputs):
     """From a case to inputs and cotangents, which are zero in rows of masked queries."""
 
-    def problem(size="af2", num_key=None, **options):
+    def problem(size="af2", num_key=None, segments=0, **options):
         inputs = make_core_inputs(sizes_of(size), num_key=num_key, **options)
+        if segments:  # of about equal length; every query has keys
+            q_ids, k_ids = (
+                jnp.arange(n) * segments // n for n in (inputs.num_query, inputs.num_key)
+            )
+            inputs = inputs._replace(q_segment_ids=q_ids, k_segment_ids=k_ids)
         rng = np.random.default_rng(1)
         shapes = jax.eval_shape(
             lambda: invariant_point_attention(
@@ -86,16 +96,21 @@ def problem(sizes_of, make_core_inputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_error_budget(name, problem):
-    inputs, cotangents, rows = problem(**CASES[name])
+    case = dict(CASES[name])
+    query_block = case.pop("query_block", None)
+    inputs, cotangents, rows = problem(**case)
 
     def valid(result):
         outputs, gradients = jax.device_get(result)
         return [x[rows == 1] for x in outputs], gradients
 
-    fast = valid(run(inputs, cotangents, "pallas"))
+    fast = valid(run(inputs, cotangents, "pallas", query_block))
     reference = valid(run(inputs, cotangents, "reference"))
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, cotangents))
+        wide = jax.tree.map(
+            lambda x: np.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None),
+            (inputs, cotangents),
+        )
         exact = valid(run(*wide, "reference"))
     # Gradients that are exactly zero, such as the queries' with a single key, keep rounding.
     fast = jax.tree.map(

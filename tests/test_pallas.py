@@ -4,8 +4,12 @@ They run in Pallas's interpreter here, and on a GPU in `test_gpu.py`.
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
+import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,6 +117,38 @@ def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
     assert reason in selection.reason
 
 
+@pytest.fixture
+def no_triton(monkeypatch):
+    """A JAX that has done without Pallas's Triton backend."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(jax.experimental.pallas, "triton", raising=False)
+
+
+@pytest.mark.parametrize("config", [None, INTERPRET])
+def test_without_the_triton_backend_xla_is_the_default(config, pretend, no_triton):
+    pretend("gpu", 90)
+    select = functools.partial(select_implementation, (12, 64, 64), config=config)
+    with pytest.raises(NotImplementedError, match="has no Triton backend of Pallas"):
+        select(implementation="pallas")
+    selection = select()
+    assert selection.implementation == "xla"
+    assert "has no Triton backend of Pallas" in selection.reason
+
+
+def test_importing_the_library_imports_no_pallas():
+    program = """
+import sys
+import ipa_haiku, ipa_haiku.folding_multimer, ipa_haiku.alphafold
+ipa_haiku.select_implementation((12, 64, 64))
+assert not [name for name in sys.modules if name.startswith("jax.experimental.pallas")]
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:ipa_haiku", "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+
+
 def test_the_function_refuses_too(inputs):
     with pytest.raises(NotImplementedError, match="and the device is a cpu"):
         invariant_point_attention(**inputs._asdict(), logit_scales=SCALES, implementation="pallas")
@@ -132,6 +168,7 @@ def test_large_inputs_are_processed_in_blocks(pretend):
         ({"forward_block": 48}, "forward_block must be a power of two, got 48"),
         ({"backward_block": 8}, "backward_block must be at least 16, got 8"),
         ({"tile": 0}, "tile must be at least 16, got 0"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"num_warps": 3}, "num_warps must be a power of two, got 3"),
         ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
     ],
@@ -143,5 +180,4 @@ def test_useless_tunables_are_refused(arguments, message):
 
 def test_heuristics():
     assert pallas_triton.heuristic(128, "float32") == Config()
-    assert pallas_triton.heuristic(128, "bfloat16").forward_block == 64
     assert pallas_triton.heuristic(256, "float32").forward_block == 16

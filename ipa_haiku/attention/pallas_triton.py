@@ -1,62 +1,86 @@
-"""Fused kernels for NVIDIA GPUs, in Pallas on Triton: the forward pass and what chooses it.
+"""Fused kernels for NVIDIA GPUs, in Pallas on Triton: tunables, and where they can be used.
 
 `inputs_2d` is most of the memory traffic, so one kernel does all that needs it at once: a program
-takes the row of one query, goes over it in blocks of keys, adds the pair bias of all heads to the
-logits, keeps a running softmax and sums the pair output. Around it are kernels over [Nq, H, Nk],
-each of which reads or writes such an array once: the other logits (and what segments take from
-them, as one more pass by XLA), and attention times values. The
-gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient meanwhile.
-Every sum has a fixed order: results are the same bits in every run.
+takes the rows of a few queries, goes over them in blocks of keys, computes the logits of all heads,
+keeps a running softmax and sums the pair output (`pallas_triton_forward`). It writes the logits
+[Nq, H, Nk], from which kernels over tiles of one head (`pallas_triton_tiles`) make attention times
+values. The gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient
+meanwhile. Every sum has a fixed order: results are the same bits in every run.
 
 Pallas's Triton backend is deprecated in favour of Mosaic GPU, which needs Hopper or newer. Moving
-there replaces the three files `pallas_triton*.py` and nothing else: `attend`, `unsupported` and
-`Config` are all that is used from outside. The sums and their order can stay. What changes is how
-data moves: blocks of `inputs_2d` come to shared memory by explicit asynchronous copies (TMA) with
-barriers in place of masked loads and Triton's own pipelining; products become wgmma, whose least
-block is 64 rows where one query has 12 heads, so a program has to take 4 or more queries at a time
-(block-diagonal, or heads of several queries stacked); TF32 products in three parts and the cuts of
-float32 into bfloat16 have to be written out; and there is shared memory to keep the logits of a
-few queries in, with which the [Nq, H, Nk] arrays need not be written at all.
+there replaces the files `pallas_triton*.py` and nothing else: `attend`, `unsupported` and `Config`
+are all that is used from outside, and they import Pallas when it is needed, not before. The sums
+and their order can stay. What changes is how data moves: blocks of `inputs_2d` come to shared
+memory by explicit asynchronous copies (TMA) with barriers in place of masked loads and Triton's own
+pipelining; products become wgmma, whose least block is 64 rows where one query has 12 heads, so
+heads of several queries have to be stacked, or products made block-diagonal; TF32 products in three
+parts and the cuts of float32 into bfloat16 have to be written out; and there is shared memory to
+keep the logits of a few queries in, with which the [Nq, H, Nk] arrays need not be written at all.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from ipa_haiku.attention import pallas_triton_vjp
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, for_each_protein
-from ipa_haiku.attention.pallas_triton_tiles import (
-    Config,
-    Side,
-    Softmax,
-    Static,
-    block_starts,
-    call,
-    dot,
-    join_rows,
-    key_side,
-    load_pair,
-    logits_without_pair,
-    once_differentiable,
-    query_side,
-    row_index,
-    row_mask,
-    row_specs,
-    split_rows,
-    sum_over_keys,
-    transposed_pair_weights,
-    values,
-)
+
+# Rows and columns that a tensor core takes at least.
+LEAST_BLOCK = 16
 
 MAX_HEAD = 32
 MAX_PAIR_CHANNEL = 256
 
 # Ampere: the first with TF32 and bfloat16 products and asynchronous copies.
 _LEAST_CAPABILITY = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tunables of the kernels; results depend on them by rounding only.
+
+    Attributes:
+      rows: query rows of a program in the pass over `inputs_2d`, which share what it reads of keys.
+      forward_block: keys at a time in that pass.
+      backward_block: the same in the gradient, which holds more at a time.
+      tile: queries and keys at a time in kernels that do not touch `inputs_2d`.
+      forward_warps: warps of a program of that pass; the rows' sums fill its registers.
+      num_warps: warps of a program of any other kernel.
+      num_stages: depth of the pipeline of loads.
+      interpret: run in Pallas's interpreter, on any device: for tests, far too slow for use.
+
+    Raises:
+      ValueError: naming the field whose value is of no use.
+    """
+
+    rows: int = 4
+    forward_block: int = 32
+    backward_block: int = 32
+    tile: int = 32
+    forward_warps: int = 8
+    num_warps: int = 4
+    num_stages: int = 2
+    interpret: bool = False
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("forward_block", "backward_block", "tile"), LEAST_BLOCK)
+        least |= {"forward_warps": 1, "num_warps": 1}
+        for name, size in (least | {"rows": 1, "num_stages": 1}).items():
+            value = getattr(self, name)
+            if value < size:
+                raise ValueError(f"{name} must be at least {size}, got {value}.")
+            if name in least and value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}.")
+
+
+class Static(NamedTuple):
+    """What is known when tracing: `scales` of the logits, tunables, query rows at a time."""
+
+    scales: LogitScales
+    config: Config
+    query_block: int  # Nq for all rows at once
 
 
 def unsupported(
@@ -84,10 +108,12 @@ def unsupported(
     if pair_channel > MAX_PAIR_CHANNEL:
         return f"it takes up to {MAX_PAIR_CHANNEL} channels of inputs_2d, not {pair_channel}"
     if config is not None and config.interpret:
-        return None
+        return _without_backend()
     platform, capability = _device(mesh)
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and the device is a {platform}"
+    if missing := _without_backend():
+        return missing
     if capability is None or capability < _LEAST_CAPABILITY:
         found = "another" if capability is None else f"{capability // 10}.{capability % 10}"
         return f"it needs an NVIDIA GPU of compute capability 8.0 or higher, this one has {found}"
@@ -101,9 +127,23 @@ def heuristic(pair_channel: int, dtype: Any) -> Config:
     """
     if pair_channel > 128:
         return Config(forward_block=16, backward_block=16, num_warps=8)
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return Config(forward_block=64, backward_block=32)
-    return Config(forward_block=32, backward_block=32)
+    return Config()
+
+
+def _backend() -> Any:
+    """Pallas's Triton backend, which JAX may do without some day; None if it does."""
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError:
+        return None
+    return triton
+
+
+def _without_backend() -> str | None:
+    if _backend() is not None:
+        return None
+    version = jax.__version__
+    return f"JAX {version} has no Triton backend of Pallas (jax.experimental.pallas.triton)"
 
 
 def _device(mesh: Any = None) -> tuple[str, int | None]:
@@ -119,10 +159,13 @@ def _device(mesh: Any = None) -> tuple[str, int | None]:
     if isinstance(mesh, jax.sharding.Mesh):
         device = mesh.devices.flat[0]
     elif abstract is not None and abstract.device_kind != device.device_kind:
-        if not hasattr(plgpu, "get_gpu_info"):  # JAX 0.10 lowers for 9.0 where there is no GPU
+        triton = _backend()
+        if triton is None:
+            return abstract.platform, None
+        if not hasattr(triton, "get_gpu_info"):  # JAX 0.10 lowers for 9.0 where there is no GPU
             return abstract.platform, 90 if abstract.device_kind.startswith("NVIDIA") else None
         try:
-            return abstract.platform, plgpu.get_gpu_info().compute_capability or None
+            return abstract.platform, triton.get_gpu_info().compute_capability or None
         except ValueError:  # not a GPU that Pallas knows
             return abstract.platform, None
     digits = getattr(device, "compute_capability", "").replace(".", "")
@@ -152,132 +195,11 @@ def attend(
     Raises:
       TypeError: under forward-mode or second-order differentiation.
     """
+    # Here, so that importing the library imports no backend that may be gone.
+    from ipa_haiku.attention import pallas_triton_forward as forward
+
     del precision
     config = config or heuristic(inputs.inputs_2d.shape[-1], inputs.inputs_2d.dtype)
     query_block = min(query_block or inputs.num_query, inputs.num_query)
-    attend_one = functools.partial(_attend, Static(scales, config, query_block))
+    attend_one = functools.partial(forward.attend_one, Static(scales, config, query_block))
     return for_each_protein(attend_one, inputs, "pallas")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, inputs: IPAInputs) -> IPAOutput:
-    return _attend_fwd(static, inputs)[0]
-
-
-def _attend_fwd(static: Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
-    out, residuals = once_differentiable(functools.partial(_outputs_and_residuals, static))(inputs)
-    return _narrow(out, inputs), (inputs, out, *residuals)
-
-
-_attend.defvjp(_attend_fwd, pallas_triton_vjp.backward)
-
-
-def _outputs_and_residuals(
-    static: Static, inputs: IPAInputs
-) -> tuple[IPAOutput, tuple[Softmax, jax.Array | None]]:
-    """Outputs in float32 (the gradient takes a difference with them), statistics, and logits.
-
-    The logits [Nq, H, Nk] are not kept when rows are processed in blocks.
-    """
-    if static.query_block < inputs.num_query:
-        rows = (block_starts(static, inputs), split_rows(static, query_side(inputs)))
-        out, softmax = jax.lax.map(lambda rows: _forward(static, inputs, *rows)[:2], rows)
-        out, softmax = join_rows((out, softmax), inputs.num_query)
-        return out, (softmax, None)
-    start = jnp.zeros(1, jnp.int32)
-    out, softmax, logits = _forward(static, inputs, start, query_side(inputs))
-    return out, (softmax, logits)
-
-
-def _forward(
-    static: Static, inputs: IPAInputs, start: jax.Array, query: Side
-) -> tuple[IPAOutput, Softmax, jax.Array]:
-    """Outputs, softmax statistics and logits [Nq, H, Nk] of the rows from `start` [1] on."""
-    logits = logits_without_pair(
-        static, query, key_side(inputs), inputs.point_weights.astype(jnp.float32)
-    )
-    logits, pair, softmax = _pair_pass(static, inputs, start, logits)
-    value = sum_over_keys(static.config, logits, values(inputs), softmax)
-    scalar, point = jnp.split(value, [inputs.v_scalar.shape[-1]], axis=-1)
-    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), pair), softmax, logits
-
-
-def _pair_pass(
-    static: Static, inputs: IPAInputs, start: jax.Array, logits: jax.Array
-) -> tuple[jax.Array, jax.Array, Softmax]:
-    """Adds the pair term to logits [Nq, H, Nk], in place; pair outputs and softmax statistics.
-
-    The pair bias shifts all logits of a row alike: the softmax does not see it, and it is left out.
-    """
-    num_query, num_head, num_key = logits.shape
-    config, z = static.config, inputs.inputs_2d
-    pair_weights = transposed_pair_weights(inputs)  # [H padded, C_z padded]
-    heads, channels = pair_weights.shape
-    block = config.forward_block
-    specs = row_specs(inputs, heads, channels, block)
-
-    def kernel(
-        start: Any, logits: Any, z: Any, pair_weights: Any,
-        logits_out: Any, pair_out: Any, maximum_out: Any, scale_out: Any,
-    ) -> None:  # fmt: skip
-        row = row_index(start, z)
-
-        def add_block(b: jax.Array, state: tuple) -> tuple:
-            total, maximum, weight = state
-            columns = pl.ds(b * block, block)
-            mask = row_mask(b, heads, block, (num_head, num_key))
-            z_block = load_pair(z, row, b, block, (num_key, z_channels))
-            bias = dot(config, pair_weights[:, :], z_block, trans_b=True)
-            scores = plgpu.load(logits.at[:, columns], mask=mask, other=0.0)
-            scores = scores + static.scales.total * static.scales.pair * bias
-            plgpu.store(logits_out.at[:, columns], scores, mask=mask)
-            inside = (b * block + jnp.arange(block) < num_key)[None, :]
-            scores = jnp.where(inside, scores, -jnp.inf)
-            # The first block has a key, so that the maximum is finite from then on.
-            higher = jnp.maximum(maximum, jnp.max(scores, axis=1))
-            shrink = jnp.exp(maximum - higher)
-            part = jnp.exp(scores - higher[:, None])
-            total = total * shrink[:, None] + dot(config, part, z_block)
-            return total, higher, weight * shrink + jnp.sum(part, axis=1)
-
-        state = (
-            jnp.zeros((heads, channels), jnp.float32),
-            jnp.full(heads, -jnp.inf, jnp.float32),
-            jnp.zeros(heads, jnp.float32),
-        )
-        num_block = pl.cdiv(num_key, block)
-        total, maximum, weight = jax.lax.fori_loop(0, num_block, add_block, state)
-        scale = 1.0 / weight
-        is_head = jnp.arange(heads) < num_head
-        is_channel = jnp.arange(channels) < z_channels
-        plgpu.store(
-            pair_out.at[:, :], total * scale[:, None], mask=is_head[:, None] & is_channel[None, :]
-        )
-        plgpu.store(maximum_out.at[:], maximum, mask=is_head)
-        plgpu.store(scale_out.at[:], scale, mask=is_head)
-
-    z_channels = z.shape[-1]
-    statistics = jax.ShapeDtypeStruct((num_query, num_head), jnp.float32)
-    logits, pair, maximum, scale = call(
-        config,
-        kernel,
-        grid=(num_query,),
-        in_specs=[specs.start, specs.row, specs.pair, specs.weights],
-        out_specs=[specs.row, specs.head_channels, specs.heads, specs.heads],
-        out_shape=[
-            jax.ShapeDtypeStruct(logits.shape, jnp.float32),
-            jax.ShapeDtypeStruct((num_query, num_head, z_channels), jnp.float32),
-            statistics,
-            statistics,
-        ],
-        input_output_aliases={1: 0},
-    )(start, logits, z, pair_weights)
-    return logits, pair, Softmax(maximum, scale)
-
-
-def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
-    """Outputs in the dtypes that `IPAOutput` promises."""
-    return out._replace(
-        scalar=out.scalar.astype(inputs.v_scalar.dtype),
-        pair=out.pair.astype(inputs.inputs_2d.dtype),
-    )

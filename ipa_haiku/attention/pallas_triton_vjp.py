@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ipa_haiku.attention.base import IPAInputs, IPAOutput
-from ipa_haiku.attention.pallas_triton_tiles import (
+from ipa_haiku.attention.pallas_triton import Static
+from ipa_haiku.attention.pallas_triton_base import (
     Side,
     Softmax,
-    Static,
     block_starts,
     call,
     dot,
@@ -27,18 +27,20 @@ from ipa_haiku.attention.pallas_triton_tiles import (
     join_rows,
     key_side,
     load_pair,
-    logits_without_pair,
     once_differentiable,
-    products,
     query_side,
     row_index,
     row_mask,
     row_specs,
     split_rows,
-    sum_over_keys,
-    sum_over_queries,
     transposed_pair_weights,
     values,
+)
+from ipa_haiku.attention.pallas_triton_tiles import (
+    logits_without_pair,
+    products,
+    sum_over_keys_and_squares,
+    sum_over_queries,
 )
 
 
@@ -50,6 +52,13 @@ class _Rows(NamedTuple):
     dpair: jax.Array  # [Nq, H, C_z] of pair outputs, dtype of inputs_2d
     delta: jax.Array  # [Nq, H] sum over keys of attention times its gradient
     softmax: Softmax
+
+
+class _ByRow(NamedTuple):
+    """Sums over keys."""
+
+    key: jax.Array  # [Nq, H, C + P*3 + 1] of dlogits times keys
+    square: jax.Array  # [Nq, H] of dlogits times squared distances
 
 
 class _Sums(NamedTuple):
@@ -68,12 +77,12 @@ def backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IP
 def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInputs:
     inputs, out, softmax, logits = residuals
     rows = _rows(inputs, out, softmax, cotangent)
-    sum_k: jax.Array
+    by_row: _ByRow
     if static.query_block < inputs.num_query:
-        sum_k, sums, dinputs_2d = _rows_in_blocks(static, inputs, rows)
+        by_row, sums, dinputs_2d = _rows_in_blocks(static, inputs, rows)
     else:
         start = jnp.zeros(1, jnp.int32)
-        sum_k, sums, dinputs_2d = _rows_gradient(static, inputs, start, rows, logits)
+        by_row, sums, dinputs_2d = _rows_gradient(static, inputs, start, rows, logits)
 
     dv_scalar, dv_point = jnp.split(sums.value, [inputs.v_scalar.shape[-1]], axis=-1)
     zeros = {name: jnp.zeros_like(getattr(inputs, name)) for name in ("q_mask", "k_mask")}
@@ -85,7 +94,8 @@ def _backward(static: Static, residuals: tuple, cotangent: IPAOutput) -> IPAInpu
         pair_weights=static.scales.total * static.scales.pair * sums.pair_weights.T,
         # Shifts all logits of a row alike, so the softmax does not see it.
         pair_bias=jnp.zeros_like(inputs.pair_bias),
-        **_queries_and_keys(static, inputs, sum_k, sums.query),
+        **_queries_and_keys(static, inputs, by_row.key, sums.query),
+        point_weights=-0.5 * static.scales.total * jnp.sum(by_row.square, axis=0),
         **zeros,
     )
     return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
@@ -101,15 +111,15 @@ def _rows(inputs: IPAInputs, out: IPAOutput, softmax: Softmax, cotangent: IPAOut
 
 def _rows_in_blocks(
     static: Static, inputs: IPAInputs, rows: _Rows
-) -> tuple[jax.Array, _Sums, jax.Array]:
+) -> tuple[_ByRow, _Sums, jax.Array]:
     """`_rows_gradient`, `query_block` rows at a time, with the logits computed anew."""
 
     def step(carry: tuple[_Sums, jax.Array], block: tuple[jax.Array, _Rows]) -> tuple:
         sums, dinputs_2d = carry
-        sum_k, more, dinputs_2d = _rows_gradient(
+        by_row, more, dinputs_2d = _rows_gradient(
             static, inputs, *block, logits=None, dinputs_2d=dinputs_2d
         )
-        return (jax.tree.map(jnp.add, sums, more), dinputs_2d), sum_k
+        return (jax.tree.map(jnp.add, sums, more), dinputs_2d), by_row
 
     num_key, num_head = inputs.num_key, inputs.num_head
     depth = inputs.q_scalar.shape[-1] + flat(inputs.q_point).shape[-1] + 1
@@ -120,9 +130,9 @@ def _rows_in_blocks(
     )
     blocks = (block_starts(static, inputs), split_rows(static, rows))
     empty = (sums, jnp.zeros_like(inputs.inputs_2d))
-    sum_k: jax.Array
-    (sums, dinputs_2d), sum_k = jax.lax.scan(step, empty, blocks)
-    return join_rows(sum_k, inputs.num_query), sums, dinputs_2d
+    by_row: _ByRow
+    (sums, dinputs_2d), by_row = jax.lax.scan(step, empty, blocks)
+    return join_rows(by_row, inputs.num_query), sums, dinputs_2d
 
 
 def _rows_gradient(
@@ -132,7 +142,7 @@ def _rows_gradient(
     rows: _Rows,
     logits: jax.Array | None,
     dinputs_2d: jax.Array | None = None,
-) -> tuple[jax.Array, _Sums, jax.Array]:
+) -> tuple[_ByRow, _Sums, jax.Array]:
     """The gradient from the query rows at `start` [1] and after it.
 
     Args:
@@ -144,8 +154,7 @@ def _rows_gradient(
       dinputs_2d: gradient of `inputs_2d` to write these rows of, in place; None for a new array.
 
     Returns:
-      Sums over keys of dlogits times keys [Nq, H, C + P*3 + 1], sums over queries, and the gradient
-      of `inputs_2d`.
+      Sums over keys, sums over queries, and the gradient of `inputs_2d`.
     """
     config, key = static.config, key_side(inputs)
     has_pair = logits is not None
@@ -161,7 +170,10 @@ def _rows_gradient(
         query=sum_over_queries(config, dlogits, _with_ones(rows.query)),
         pair_weights=jnp.sum(dpair_weights, axis=0),
     )
-    return sum_over_keys(config, dlogits, _with_ones(key)), sums, dinputs_2d
+    by_row = sum_over_keys_and_squares(
+        config, dlogits, _with_ones(key), rows.query.point, key.point
+    )
+    return _ByRow(*by_row), sums, dinputs_2d
 
 
 def _with_ones(side: Side) -> jax.Array:
@@ -287,10 +299,11 @@ def _pair_pass(
 def _queries_and_keys(
     static: Static, inputs: IPAInputs, sum_k: jax.Array, sum_q: jax.Array
 ) -> dict[str, jax.Array]:
-    """Gradients of scalar and point queries and keys, and of the point weights.
+    """Gradients of scalar and point queries and keys.
 
     With g = dlogits, d(q_point) = -w sum_k g_qk (Q_q - K_k) = w (sum_k g K_k - Q_q sum_k g), and
-    likewise for keys: the two sums give all four gradients, and the point weights' as well.
+    likewise for keys: the two sums give all four gradients. The point weights' could come from
+    them, too, but as a difference of sums over coordinates, which are larger than distances.
 
     Args:
       static: scales.
@@ -304,14 +317,11 @@ def _queries_and_keys(
     dq_scalar, sum_k_point, sum_k_one = jnp.split(sum_k, at, axis=-1)
     dk_scalar, sum_q_point, sum_q_one = jnp.split(sum_q, at, axis=-1)
 
-    # sum g |Q - K|^2 = sum_q Q (Q sum_k g - sum_k g K) + sum_k K (K sum_q g - sum_q g Q)
     to_q, to_k = sum_k_point - q_point * sum_k_one, sum_q_point - k_point * sum_q_one
-    dpoint_weights = 0.5 * (jnp.sum(q_point * to_q, (0, 2)) + jnp.sum(k_point * to_k, (0, 2)))
     w = inputs.point_weights.astype(jnp.float32)[:, None]
     return {
         "q_scalar": static.scales.scalar * dq_scalar,
         "k_scalar": static.scales.scalar * dk_scalar,
         "q_point": (w * to_q).reshape(inputs.q_point.shape),
         "k_point": (w * to_k).reshape(inputs.k_point.shape),
-        "point_weights": dpoint_weights,
     }
