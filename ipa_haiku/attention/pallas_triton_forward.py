@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ipa_haiku.attention import pallas_triton_vjp
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales
+from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, narrow
 from ipa_haiku.attention.pallas_triton import Static
 from ipa_haiku.attention.pallas_triton_base import (
     Side,
@@ -42,7 +42,7 @@ def attend_one(static: Static, inputs: IPAInputs) -> IPAOutput:
 
 def _attend_fwd(static: Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
     out, residuals = once_differentiable(functools.partial(_outputs_and_residuals, static))(inputs)
-    return _narrow(out, inputs), (inputs, out, *residuals)
+    return narrow(out, inputs), (inputs, out, *residuals)
 
 
 attend_one.defvjp(_attend_fwd, pallas_triton_vjp.backward)
@@ -224,11 +224,3 @@ def _logits_of_rows(
         both = query.mask[row] * k_mask[None, :]
         logits.append(combine(scales, product, square, point_weights[:, None], both, differ))
     return logits
-
-
-def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
-    """Outputs in the dtypes that `IPAOutput` promises."""
-    return out._replace(
-        scalar=out.scalar.astype(inputs.v_scalar.dtype),
-        pair=out.pair.astype(inputs.inputs_2d.dtype),
-    )

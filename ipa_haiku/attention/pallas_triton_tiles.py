@@ -36,15 +36,13 @@ def logits_without_pair(
     num_key = key.scalar.shape[0]
 
     def side_specs(side: Side, axis: int) -> Side:
-        vector = pl.BlockSpec((config.tile,), lambda *ids: (ids[axis],))
-        return Side(
-            *(
-                pl.BlockSpec((None, x.shape[1], config.tile), lambda *ids: (ids[2], 0, ids[axis]))
-                for x in side[:2]
-            ),
-            vector,
-            None if side.segment is None else vector,
-        )
+        def matrix(x: jax.Array) -> Any:
+            shape = (None, x.shape[1], config.tile)
+            return pl.BlockSpec(shape, lambda *ids: (ids[2], 0, ids[axis]))
+
+        vector: Any = pl.BlockSpec((config.tile,), lambda *ids: (ids[axis],))
+        segment = None if side.segment is None else vector
+        return Side(matrix(side.scalar), matrix(side.point), vector, segment)
 
     query, key = jax.tree.map(functools.partial(_tokens_last, config), (query, key))
     return call(
@@ -202,7 +200,7 @@ def _weighted_sum(
             terms = [dot(config, part, values[block, :], trans_a=not over_keys)]
             if points:
                 # Where a weight is zero, points may be as far apart as squares overflow.
-                squares = part * _square_distance(*points, block)
+                squares = part * _square_distance(points[0], points[1], block)
                 terms.append(jnp.sum(jnp.where(part == 0.0, 0.0, squares), axis=1))
             return [total + term for total, term in zip(totals, terms)]
 

@@ -25,6 +25,7 @@ from ipa_haiku.attention.base import (
     LogitScales,
     for_each_protein,
     in_one_loop,
+    narrow,
     subtract_segment_penalty,
     sum_of_squares,
     weighted_squares,
@@ -118,7 +119,7 @@ def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
         softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes)
         out = _outputs(inputs, keys, softmax, pair)
     # The wide outputs are kept: the gradient takes a difference with them.
-    return _narrow(out, inputs), (inputs, out, softmax)
+    return narrow(out, inputs), (inputs, out, softmax)
 
 
 def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
@@ -354,11 +355,3 @@ def _without_segments(inputs: IPAInputs) -> IPAInputs:
 def _flat(points: jax.Array) -> jax.Array:
     """[..., P, 3] -> [..., P*3]."""
     return points.reshape(*points.shape[:-2], -1)
-
-
-def _narrow(out: IPAOutput, inputs: IPAInputs) -> IPAOutput:
-    """Outputs in the dtypes that `IPAOutput` promises."""
-    return out._replace(
-        scalar=out.scalar.astype(inputs.v_scalar.dtype),
-        pair=out.pair.astype(inputs.inputs_2d.dtype),
-    )
