@@ -18,8 +18,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
     "pallas": pallas_triton.attend,
 }
 
-# How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak: `xla`'s by XLA:CPU's
-# memory analysis of the module at N = 512 (63 MB), `pallas`'s are the logits and their gradient.
+# How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak. `xla`: by XLA:CPU's memory
+# analysis of the module at N = 512, 63 MB if it takes all rows at once (51 MB as it does on CPUs).
+# `pallas`: the logits and their gradient.
 _NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
 DEFAULT_MEMORY_BUDGET = 2 * 2**30

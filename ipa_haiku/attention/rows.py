@@ -35,12 +35,9 @@ def by_rows(
         if block >= num_query:
             return compute(0, num_query)
 
-        def rows(start: jax.Array | int) -> Any:
-            return jax.tree.map(_as_bits, compute(start, block))
-
         def step(i: jax.Array, results: Any) -> Any:
             start = block_start(i, block, num_query)
-            return update(results, rows(start), start, axes)
+            return update(results, jax.tree.map(_as_bits, compute(start, block)), start, axes)
 
         shapes = jax.eval_shape(lambda: compute(0, block))
         results = jax.tree.map(

@@ -4,8 +4,8 @@ Same result as `reference`, in another order of operations:
 
 - point distances are sums of squared differences, never expanded: exact at any coordinates;
 - the softmax stays unnormalised until the outputs are small;
-- the gradient keeps one [H, Nq, Nk] array from the forward pass (none with `query_block`) and
-  touches `inputs_2d` three times;
+- the gradient keeps one [H, Nq, Nk] array from the forward pass (none with `query_block`);
+- on CPUs, what reads or writes `inputs_2d` does so in blocks of rows that a cache holds (`rows`);
 - coordinates are recentred, so that the gradient's matrix products do not cancel large numbers.
 
 Below, x is an `IPAInputs` of one protein in float32 (or float64); letters in einsums: q queries,
