@@ -17,21 +17,18 @@ N, H, C, P, C_Z = 256, 12, 16, 4, 128
 SCALES = LogitScales(scalar=1.0, pair=1.0)
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
-    "segments": {"segments": True},
-    "blocks": {"query_block": 96},  # the last one is not full
-    "segments in blocks": {"segments": True, "query_block": 96},
-    "wide pair": {"pair_channel": 256},
+    "segments in blocks": {"segments": True, "query_block": 96},  # the last block is not full
 }
 
 
-def temporary_bytes(sharding, segments=False, query_block=None, pair_channel=C_Z):
+def temporary_bytes(sharding, segments=False, query_block=None):
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     floating = [
         shape(N, H, C), shape(N, H, C), shape(N, H, C),
         shape(N, H, P, 3), shape(N, H, P, 3), shape(N, H, P, 3),
-        shape(N, N, pair_channel), shape(pair_channel, H), shape(H), shape(H), shape(N), shape(N),
+        shape(N, N, C_Z), shape(C_Z, H), shape(H), shape(H), shape(N), shape(N),
     ]  # fmt: skip
     ids = [shape(N, dtype=jnp.int32)] * 2 if segments else [None] * 2
 

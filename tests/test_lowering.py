@@ -54,8 +54,8 @@ def pretend(kind, platform):
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-# The forward pass has 2 kernels, the gradient 5, or 6 where it computes the logits anew.
-@pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 7), (32, 8)])
+# The forward pass has 3 kernels, the gradient 5, or 6 where it computes the logits anew.
+@pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 8), (32, 9)])
 def test_kernels_are_the_default_on_an_nvidia_gpu(query_block, num_kernel):
     with pretend("NVIDIA H200", "cuda"):
         apply, shapes = loss(None, query_block)

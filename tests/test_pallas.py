@@ -168,7 +168,6 @@ def test_large_inputs_are_processed_in_blocks(pretend):
         ({"forward_block": 48}, "forward_block must be a power of two, got 48"),
         ({"backward_block": 8}, "backward_block must be at least 16, got 8"),
         ({"tile": 0}, "tile must be at least 16, got 0"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"num_warps": 3}, "num_warps must be a power of two, got 3"),
         ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
     ],
@@ -180,4 +179,5 @@ def test_useless_tunables_are_refused(arguments, message):
 
 def test_heuristics():
     assert pallas_triton.heuristic(128, "float32") == Config()
+    assert pallas_triton.heuristic(128, "bfloat16").forward_block == 64
     assert pallas_triton.heuristic(256, "float32").forward_block == 16

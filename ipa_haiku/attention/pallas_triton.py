@@ -1,11 +1,15 @@
 """Fused kernels for NVIDIA GPUs, in Pallas on Triton: tunables, and where they can be used.
 
 `inputs_2d` is most of the memory traffic, so one kernel does all that needs it at once: a program
-takes the rows of a few queries, goes over them in blocks of keys, computes the logits of all heads,
-keeps a running softmax and sums the pair output (`pallas_triton_forward`). It writes the logits
-[Nq, H, Nk], from which kernels over tiles of one head (`pallas_triton_tiles`) make attention times
-values. The gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient
+takes one query row, goes over it in blocks of keys, adds the pair term to the logits of all heads,
+keeps a running softmax and sums the pair output (`pallas_triton_forward`). Kernels over tiles of
+one head (`pallas_triton_tiles`) make the logits [Nq, H, Nk] before, and attention times values
+after. The gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient
 meanwhile. Every sum has a fixed order: results are the same bits in every run.
+
+A pass over `inputs_2d` that makes the whole logits itself was tried: four query rows of a program,
+which share what they read of keys, need 1.35 reads of `inputs_2d` in all instead of some 1.5, but
+more registers than there are, and took 67 s to compile for an H200 where this takes 2 s.
 
 Pallas's Triton backend is deprecated in favour of Mosaic GPU, which needs Hopper or newer. Moving
 there replaces the files `pallas_triton*.py` and nothing else: `attend`, `unsupported` and `Config`
@@ -42,12 +46,10 @@ class Config:
     """Tunables of the kernels; results depend on them by rounding only.
 
     Attributes:
-      rows: query rows of a program in the pass over `inputs_2d`, which share what it reads of keys.
       forward_block: keys at a time in that pass.
       backward_block: the same in the gradient, which holds more at a time.
       tile: queries and keys at a time in kernels that do not touch `inputs_2d`.
-      forward_warps: warps of a program of that pass; the rows' sums fill its registers.
-      num_warps: warps of a program of any other kernel.
+      num_warps: warps of a program.
       num_stages: depth of the pipeline of loads.
       interpret: run in Pallas's interpreter, on any device: for tests, far too slow for use.
 
@@ -55,19 +57,17 @@ class Config:
       ValueError: naming the field whose value is of no use.
     """
 
-    rows: int = 4
     forward_block: int = 32
     backward_block: int = 32
     tile: int = 32
-    forward_warps: int = 8
     num_warps: int = 4
     num_stages: int = 2
     interpret: bool = False
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("forward_block", "backward_block", "tile"), LEAST_BLOCK)
-        least |= {"forward_warps": 1, "num_warps": 1}
-        for name, size in (least | {"rows": 1, "num_stages": 1}).items():
+        least["num_warps"] = 1
+        for name, size in (least | {"num_stages": 1}).items():
             value = getattr(self, name)
             if value < size:
                 raise ValueError(f"{name} must be at least {size}, got {value}.")
@@ -127,6 +127,8 @@ def heuristic(pair_channel: int, dtype: Any) -> Config:
     """
     if pair_channel > 128:
         return Config(forward_block=16, backward_block=16, num_warps=8)
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return Config(forward_block=64)
     return Config()
 
 

@@ -46,12 +46,12 @@ def round_up(size: int, block: int) -> int:
     return pl.cdiv(size, block) * block
 
 
-def call(config: Config, kernel: Any, *, num_warps: int | None = None, **options: Any) -> Any:
-    """`pl.pallas_call` with the tunables of `config`, or other warps."""
+def call(config: Config, kernel: Any, **options: Any) -> Any:
+    """`pl.pallas_call` with the tunables of `config`."""
     return pl.pallas_call(
         kernel,
         compiler_params=plgpu.CompilerParams(
-            num_warps=num_warps or config.num_warps, num_stages=config.num_stages
+            num_warps=config.num_warps, num_stages=config.num_stages
         ),
         interpret=config.interpret,
         **options,
