@@ -99,7 +99,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         )
 
     def _norm(self, point: jax.Array) -> jax.Array:
-        x, y, z = (jnp.square(x[..., 0]) for x in jax.lax.split(point, (1, 1, 1), axis=-1))
+        x, y, z = (jnp.square(point[..., d]) for d in range(3))
         return jnp.sqrt(self._dist_epsilon + x + y + z)
 
     @hk.transparent  # AF2 names the projections as children of `__call__`

@@ -103,7 +103,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         )
 
     def _norm(self, point: jax.Array) -> jax.Array:
-        x, y, z = (jnp.square(x[..., 0]) for x in jax.lax.split(point, (1, 1, 1), axis=-1))
+        x, y, z = (jnp.square(point[..., d]) for d in range(3))
         return jnp.sqrt(jnp.maximum(x + y + z, self._dist_epsilon**2))
 
     @hk.transparent

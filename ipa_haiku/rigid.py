@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from ipa_haiku.attention.base import assert_floating, assert_shape
 from ipa_haiku.quat_affine import QuatAffine, rot_list_to_tensor, vec_list_to_tensor
@@ -117,11 +118,12 @@ def _unstack(
     assert_shape("rotation", rotation, "... N 3 3", (*batch, 3, 3))
     assert_shape("translation", translation, "... N 3", (*batch, 3))
     assert_shape("point", point, "... N extra 3", (*batch, *extra, 3))
-    # Plain slices: those of a stack made by `to_rotation_translation` cost nothing under jit.
-    rows = [_slices(rotation[..., i, :]) for i in range(3)]
-    frames = QuatAffine(None, _slices(translation), rotation=rows)
-    return frames, _slices(point), len(extra)
+    # Slices of a stack made by `to_rotation_translation` cost nothing under jit. The gradient of a
+    # split is one concatenation, quick to compile; that of indexing moves less memory on GPUs.
+    rows = [_components(row) for row in _components(rotation, axis=-2)]
+    frames = QuatAffine(None, _components(translation), rotation=rows)
+    return frames, [point[..., i] for i in range(3)], len(extra)
 
 
-def _slices(tensor: jax.Array) -> list[jax.Array]:
-    return [x[..., 0] for x in jax.lax.split(tensor, (1, 1, 1), axis=-1)]
+def _components(tensor: jax.Array, axis: int = -1) -> list[jax.Array]:
+    return [jnp.squeeze(x, axis) for x in jax.lax.split(tensor, (1, 1, 1), axis=tensor.ndim + axis)]
