@@ -452,6 +452,8 @@ def test_ctrl_c_leaves_a_valid_file(tmp_path):
         [sys.executable, "-m", "benchmarks", *options.split(), str(path)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=Path(__file__).parents[1], start_new_session=True,
+        # A background job of a shell ignores Ctrl-C, and so would the program that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not path.exists():  # written after the first size
         time.sleep(0.1)
