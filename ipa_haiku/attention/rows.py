@@ -16,7 +16,13 @@ _CACHED_BYTES = 2 * 2**20
 
 
 def by_rows(
-    compute: Callable[[Any, int], Any], inputs: IPAInputs, query_block: int, axes: Any
+    compute: Callable[[Any, int], Any],
+    inputs: IPAInputs,
+    query_block: int,
+    axes: Any,
+    *,
+    at_once: int = 1,
+    fill: jax.Array | None = None,
 ) -> Any:
     """What `compute` makes of all queries, at most `query_block` of them at a time.
 
@@ -25,32 +31,42 @@ def by_rows(
       inputs: the arguments of one protein.
       query_block: how many rows at a time; CPUs take fewer.
       axes: of the rows in each array that `compute` returns.
+      at_once: how many blocks a CPU may work on at the same time.
+      fill: [] what rows hold that are not yet written, if not zero. Their memory is first touched,
+        which takes long, when `fill` is known.
 
     Returns:
       The arrays with all rows.
     """
     num_query = inputs.num_query
 
-    def in_blocks(block: int) -> Any:
+    def in_blocks(block: int, at_once: int) -> Any:
         if block >= num_query:
             return compute(0, num_query)
 
         def step(i: jax.Array, results: Any) -> Any:
-            start = block_start(i, block, num_query)
-            return update(results, jax.tree.map(_as_bits, compute(start, block)), start, axes)
+            starts = [block_start(i * at_once + j, block, num_query) for j in range(at_once)]
+            for start, rows in [(start, compute(start, block)) for start in starts]:
+                results = update(results, jax.tree.map(_as_bits, rows), start, axes)
+            return results
 
         shapes = jax.eval_shape(lambda: compute(0, block))
         results = jax.tree.map(
-            lambda a, axis: _as_bits(jnp.zeros(_with_rows(a.shape, num_query, axis), a.dtype)),
+            lambda a, axis: _as_bits(
+                jnp.full(_with_rows(a.shape, num_query, axis), 0 if fill is None else fill, a.dtype)
+            ),
             shapes, axes,
         )  # fmt: skip
-        results = jax.lax.fori_loop(0, num_block(block, num_query), step, results)
+        results = jax.lax.fori_loop(0, num_block(block * at_once, num_query), step, results)
         return jax.tree.map(lambda a, b: jax.lax.bitcast_convert_type(a, b.dtype), results, shapes)
 
     bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
-    cached = max(_CACHED_BYTES // bytes_per_row, 1)
+    cached = max(at_once * _CACHED_BYTES // bytes_per_row, 1)
+    if cached < num_query:  # then at least two steps
+        cached = min(cached, num_block(2 * at_once, num_query))
     return jax.lax.platform_dependent(
-        cpu=lambda: in_blocks(min(query_block, cached)), default=lambda: in_blocks(query_block)
+        cpu=lambda: in_blocks(min(query_block, cached), at_once),
+        default=lambda: in_blocks(query_block, 1),
     )
 
 

@@ -95,10 +95,20 @@ class _Softmax(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, inputs: IPAInputs) -> IPAOutput:
-    return _attend_fwd(static, inputs)[0]
+    return narrow(_forward(static, inputs, at_once=2)[0], inputs)
 
 
 def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
+    # One block at a time: a CPU's other cores already work on the gradient.
+    out, softmax = _forward(static, inputs, at_once=1)
+    # The wide outputs are kept: the gradient takes a difference with them.
+    return narrow(out, inputs), (inputs, out, softmax)
+
+
+def _forward(
+    static: _Static, inputs: IPAInputs, at_once: int
+) -> tuple[IPAOutput, _Softmax | None]:
+    """Outputs, not yet in the dtypes of the inputs, and attention weights without `query_block`."""
     keys = _keys(widen(inputs))
 
     def softmax_and_pair(start: jax.Array | int, size: int) -> tuple[_Softmax, jax.Array]:
@@ -116,10 +126,9 @@ def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
         out = by_rows(outputs, inputs, static.query_block, IPAOutput(first, first, first))
     else:
         axes = (_Softmax(second, second), first)
-        softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes)
+        softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes, at_once=at_once)
         out = _outputs(inputs, keys, softmax, pair)
-    # The wide outputs are kept: the gradient takes a difference with them.
-    return narrow(out, inputs), (inputs, out, softmax)
+    return out, softmax
 
 
 def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
@@ -201,7 +210,7 @@ def _backward(
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
     dinputs_2d, sums_of_squares = by_rows(
         functools.partial(_backward_rows, static, inputs, softmax, cotangent.pair, dlogits),
-        inputs, inputs.num_query, axes=(0, 1),
+        inputs, inputs.num_query, axes=(0, 1), fill=softmax.scale[0, 0],
     )  # fmt: skip
     return IPAInputs(
         v_scalar=dv_scalar,
