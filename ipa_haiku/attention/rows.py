@@ -32,8 +32,8 @@ def by_rows(
       query_block: how many rows at a time; CPUs take fewer.
       axes: of the rows in each array that `compute` returns.
       at_once: how many blocks a CPU may work on at the same time.
-      fill: [] what rows hold that are not yet written, if not zero. Their memory is first touched,
-        which takes long, when `fill` is known.
+      fill: [] what a row holds before it is written, if not zero. Memory is first touched when
+        `fill` is known: it takes long, so there is a good moment for it.
 
     Returns:
       The arrays with all rows.

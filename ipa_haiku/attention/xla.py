@@ -105,9 +105,7 @@ def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
     return narrow(out, inputs), (inputs, out, softmax)
 
 
-def _forward(
-    static: _Static, inputs: IPAInputs, at_once: int
-) -> tuple[IPAOutput, _Softmax | None]:
+def _forward(static: _Static, inputs: IPAInputs, at_once: int) -> tuple[IPAOutput, _Softmax | None]:
     """Outputs, not yet in the dtypes of the inputs, and attention weights without `query_block`."""
     keys = _keys(widen(inputs))
 
@@ -203,14 +201,14 @@ def _backward(
     x = widen(inputs)
     pair_scale = static.scales.pair
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    dlogits, dpair = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
+    dlogits, dpair, early = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
 
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
     dinputs_2d, sums_of_squares = by_rows(
         functools.partial(_backward_rows, static, inputs, softmax, cotangent.pair, dlogits),
-        inputs, inputs.num_query, axes=(0, 1), fill=softmax.scale[0, 0],
+        inputs, inputs.num_query, axes=(0, 1), fill=early,
     )  # fmt: skip
     return IPAInputs(
         v_scalar=dv_scalar,
@@ -233,10 +231,11 @@ def _backward_logits(
     softmax: _Softmax,
     cotangent: IPAOutput,
     dvalue: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Gradient of the logits [H, Nq, Nk], and its sums over keys of inputs_2d [Nq, H, C_z].
 
-    `dvalue` [Nq, H, Cv + Pv*3] is the cotangent of scalars and points.
+    `dvalue` [Nq, H, Cv + Pv*3] is the cotangent of scalars and points. The third result is [] a
+    number that is known early, while one core of a CPU still has the forward pass to do.
     """
     # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
     # the dot product of the outputs with their cotangents.
@@ -244,7 +243,7 @@ def _backward_logits(
     delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
     values = jnp.moveaxis(_keys(widen(inputs)).value, 0, -1)  # [H, Cv + Pv*3, Nk]
 
-    def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+    def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = take_rows(inputs, start, size)
         weights, scale = (take_axis(a, start, size, 1) for a in softmax)
         dvalue_rows, dpair, delta_rows = (
@@ -257,11 +256,13 @@ def _backward_logits(
         sums = jnp.einsum(
             "qhk,qkc->qhc", jnp.swapaxes(dlogits, 0, 1), x.inputs_2d, precision=static.precision
         )
-        return dlogits, sums
+        return dlogits, sums, dattention_pair[0, 0, 0]
 
     if inputs.inputs_2d.dtype == inputs.logits_dtype:
         return rows(0, inputs.num_query)
-    return by_rows(rows, inputs, inputs.num_query, (1, 0))  # never all of inputs_2d in float32
+    # Never all of inputs_2d in float32.
+    dlogits, sums = by_rows(lambda *of: rows(*of)[:2], inputs, inputs.num_query, (1, 0))
+    return dlogits, sums, None
 
 
 def _backward_rows(
