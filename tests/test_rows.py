@@ -1,4 +1,4 @@
-"""Rows of `inputs_2d` in blocks that a CPU's cache holds: here of 2 rows, as 2 MB are many."""
+"""Rows of `inputs_2d` in blocks that a CPU's cache holds: here of a few rows, as 2 MB are many."""
 
 import chex
 import jax
@@ -10,6 +10,11 @@ from ipa_haiku.attention import rows
 from ipa_haiku.attention.base import LogitScales
 
 SCALES = LogitScales(scalar=0.5, pair=1.0, total=0.5)
+
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="only CPUs take blocks that a cache holds"
+)
 
 
 def lower(inputs, dtype):
@@ -30,14 +35,15 @@ def lower(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("num_query", [12, 13])  # 3 and 4 blocks forward, 2 in each step
+@pytest.mark.parametrize("num_query", [9, 12])  # with and without rows that two blocks share
 def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, monkeypatch):
     inputs = make_core_inputs(sizes_of("tiny"), num_query, 7, mask="holed")
     whole, inputs = lower(inputs, dtype)
     monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
     in_blocks, _ = lower(inputs, dtype)
     assert "while" not in whole.as_text()
-    assert "while" in in_blocks.as_text()
+    # The outputs alone, within the gradient, and the gradient.
+    assert in_blocks.as_text().count("stablehlo.while") >= 3
     expected, actual = (program.compile()(inputs) for program in (whole, in_blocks))
     chex.assert_tree_all_finite(actual)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):

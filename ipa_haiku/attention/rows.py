@@ -22,7 +22,6 @@ def by_rows(
     axes: Any,
     *,
     at_once: int = 1,
-    fill: jax.Array | None = None,
 ) -> Any:
     """What `compute` makes of all queries, at most `query_block` of them at a time.
 
@@ -31,9 +30,8 @@ def by_rows(
       inputs: the arguments of one protein.
       query_block: how many rows at a time; CPUs take fewer.
       axes: of the rows in each array that `compute` returns.
-      at_once: how many blocks a CPU may work on at the same time.
-      fill: [] what a row holds before it is written, if not zero. Memory is first touched when
-        `fill` is known: it takes long, so there is a good moment for it.
+      at_once: how many blocks a step of the loop takes on CPUs, each of as many times the bytes.
+        They depend on nothing of each other, so cores may share them.
 
     Returns:
       The arrays with all rows.
@@ -46,28 +44,34 @@ def by_rows(
 
         def step(i: jax.Array, results: Any) -> Any:
             starts = [block_start(i * at_once + j, block, num_query) for j in range(at_once)]
-            for start, rows in [(start, compute(start, block)) for start in starts]:
-                results = update(results, jax.tree.map(_as_bits, rows), start, axes)
+            all_rows = [jax.tree.map(_as_bits, compute(start, block)) for start in starts]
+            for start, rows in zip(starts, all_rows):
+                results = update(results, rows, start, axes)
             return results
 
         shapes = jax.eval_shape(lambda: compute(0, block))
         results = jax.tree.map(
-            lambda a, axis: _as_bits(
-                jnp.full(_with_rows(a.shape, num_query, axis), 0 if fill is None else fill, a.dtype)
-            ),
+            lambda a, axis: _as_bits(jnp.zeros(_with_rows(a.shape, num_query, axis), a.dtype)),
             shapes, axes,
         )  # fmt: skip
         results = jax.lax.fori_loop(0, num_block(block * at_once, num_query), step, results)
         return jax.tree.map(lambda a, b: jax.lax.bitcast_convert_type(a, b.dtype), results, shapes)
 
-    bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
-    cached = max(at_once * _CACHED_BYTES // bytes_per_row, 1)
-    if cached < num_query:  # then at least two steps
-        cached = min(cached, num_block(2 * at_once, num_query))
     return jax.lax.platform_dependent(
-        cpu=lambda: in_blocks(min(query_block, cached), at_once),
+        cpu=lambda: in_blocks(min(query_block, _cached_rows(inputs, at_once)), at_once),
         default=lambda: in_blocks(query_block, 1),
     )
+
+
+def _cached_rows(inputs: IPAInputs, at_once: int) -> int:
+    """Rows of a block that a cache holds: about equally many in each, or all."""
+    bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
+    most = max(at_once * _CACHED_BYTES // bytes_per_row, 1)
+    if most >= inputs.num_query:
+        return inputs.num_query
+    num_step = num_block(most * at_once, inputs.num_query)
+    # A loop of one step is no loop to XLA, which then copies each block for each product.
+    return num_block(max(num_step, 2) * at_once, inputs.num_query)
 
 
 def num_block(block: int, num_query: int) -> int:

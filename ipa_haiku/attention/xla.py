@@ -99,7 +99,7 @@ def _attend(static: _Static, inputs: IPAInputs) -> IPAOutput:
 
 
 def _attend_fwd(static: _Static, inputs: IPAInputs) -> tuple[IPAOutput, tuple]:
-    # One block at a time: a CPU's other cores already work on the gradient.
+    # Two blocks at once were no faster within a gradient, and would take longer to compile.
     out, softmax = _forward(static, inputs, at_once=1)
     # The wide outputs are kept: the gradient takes a difference with them.
     return narrow(out, inputs), (inputs, out, softmax)
@@ -201,14 +201,14 @@ def _backward(
     x = widen(inputs)
     pair_scale = static.scales.pair
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    dlogits, dpair, early = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
+    dlogits, dpair = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
 
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
     dinputs_2d, sums_of_squares = by_rows(
         functools.partial(_backward_rows, static, inputs, softmax, cotangent.pair, dlogits),
-        inputs, inputs.num_query, axes=(0, 1), fill=early,
+        inputs, inputs.num_query, axes=(0, 1),
     )  # fmt: skip
     return IPAInputs(
         v_scalar=dv_scalar,
@@ -231,11 +231,10 @@ def _backward_logits(
     softmax: _Softmax,
     cotangent: IPAOutput,
     dvalue: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array]:
     """Gradient of the logits [H, Nq, Nk], and its sums over keys of inputs_2d [Nq, H, C_z].
 
-    `dvalue` [Nq, H, Cv + Pv*3] is the cotangent of scalars and points. The third result is [] a
-    number that is known early, while one core of a CPU still has the forward pass to do.
+    `dvalue` [Nq, H, Cv + Pv*3] is the cotangent of scalars and points.
     """
     # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
     # the dot product of the outputs with their cotangents.
@@ -243,7 +242,7 @@ def _backward_logits(
     delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
     values = jnp.moveaxis(_keys(widen(inputs)).value, 0, -1)  # [H, Cv + Pv*3, Nk]
 
-    def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
         x = take_rows(inputs, start, size)
         weights, scale = (take_axis(a, start, size, 1) for a in softmax)
         dvalue_rows, dpair, delta_rows = (
@@ -256,13 +255,11 @@ def _backward_logits(
         sums = jnp.einsum(
             "qhk,qkc->qhc", jnp.swapaxes(dlogits, 0, 1), x.inputs_2d, precision=static.precision
         )
-        return dlogits, sums, dattention_pair[0, 0, 0]
+        return dlogits, sums
 
     if inputs.inputs_2d.dtype == inputs.logits_dtype:
         return rows(0, inputs.num_query)
-    # Never all of inputs_2d in float32.
-    dlogits, sums = by_rows(lambda *of: rows(*of)[:2], inputs, inputs.num_query, (1, 0))
-    return dlogits, sums, None
+    return by_rows(rows, inputs, inputs.num_query, (1, 0))  # never all of inputs_2d in float32
 
 
 def _backward_rows(
