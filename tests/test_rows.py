@@ -34,8 +34,8 @@ def lower(inputs, dtype):
     return jax.jit(value_and_gradient).lower(inputs), inputs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("num_query", [9, 12])  # with and without rows that two blocks share
+# With and without rows that two blocks share.
+@pytest.mark.parametrize(("num_query", "dtype"), [(9, "float32"), (12, "bfloat16")])
 def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, monkeypatch):
     inputs = make_core_inputs(sizes_of("tiny"), num_query, 7, mask="holed")
     whole, inputs = lower(inputs, dtype)
