@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,10 @@ from ipa_haiku import (
     rigid,
 )
 
+# Quick compilations vary most, so they are repeated.
+_ENOUGH_COMPILE_SECONDS = 2.0
+_MAX_COMPILE = 3
+
 # Pytrees of arrays by name: {"output": ...} of a forward pass, the names of
 # `Problem.differentiable` of a gradient.
 Groups = dict[str, Any]
@@ -35,7 +40,7 @@ class Prepared(NamedTuple):
       start: starts a run on the given copy of the inputs (a number) and returns its result.
       wait: returns when a result is ready.
       groups: of a result, on the host.
-      compile_seconds: None where nothing is compiled.
+      compile_seconds: the median of up to three times, None where nothing is compiled.
       temp_bytes: memory of intermediate results, None where it is not known.
       required_bytes: estimate of what a run takes beside its inputs.
     """
@@ -113,9 +118,7 @@ class JaxCandidate:
     def prepare(self, copies: Sequence[Problem], mode: str) -> Prepared:
         """Compiles the computation for problems of one shape; see `Candidate.prepare`."""
         arguments = [self.arguments(problem) for problem in copies]
-        start = time.perf_counter()
-        compiled = jax.jit(self.function(mode)).lower(arguments[0]).compile()
-        compile_seconds = time.perf_counter() - start
+        compiled, compile_seconds = self._compile(arguments[0], mode)
         memory = compiled.memory_analysis()
         return Prepared(
             start=lambda i: compiled(arguments[i]),
@@ -125,6 +128,16 @@ class JaxCandidate:
             temp_bytes=memory.temp_size_in_bytes if memory else None,
             required_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0,
         )
+
+    def _compile(self, problem: Problem, mode: str) -> tuple[jax.stages.Compiled, float]:
+        """The compiled computation, and in how many seconds: the median of up to three times."""
+        seconds: list[float] = []
+        while True:
+            start = time.perf_counter()
+            compiled = jax.jit(self.function(mode)).lower(problem).compile()
+            seconds.append(time.perf_counter() - start)
+            if sum(seconds) > _ENOUGH_COMPILE_SECONDS or len(seconds) == _MAX_COMPILE:
+                return compiled, statistics.median(seconds)
 
 
 def _inner_product(x: jax.Array, cotangent: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ class Row:
       q1_ms: lower quartile.
       q3_ms: upper quartile.
       samples: number of samples.
-      compile_s: time to trace and compile.
+      compile_s: time to trace and compile, the median of up to three times.
       temp_bytes: XLA's memory for intermediate results.
       speedup: AF2's median over this row's, of the same run.
       error: largest error relative to the largest element, against float64; of a gradient, the
