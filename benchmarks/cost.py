@@ -48,6 +48,21 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA A100-SXM4-80GB"
 """,
+    "rtx4090": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 101376
+  shared_memory_per_core: 102400 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 128 fpus_per_core: 128 clock_rate_ghz: 2.52
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 1008000000000 l2_cache_size: 75497472 device_memory_size: 25769803776
+  cuda_compute_capability { major: 8 minor: 9 }
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA GeForce RTX 4090"
+""",
 }
 
 
@@ -75,6 +90,7 @@ _FOR_GPU = (
 TARGETS = {
     "h200": _Target("NVIDIA H200", "NVIDIA H200", *_FOR_GPU),
     "a100": _Target("NVIDIA A100", "NVIDIA A100-SXM4-80GB", *_FOR_GPU),
+    "rtx4090": _Target("NVIDIA RTX 4090", "NVIDIA GeForce RTX 4090", *_FOR_GPU),
     "v5e": _Target("TPU v5e", "TPU v5 lite", ("libtpu",), "pip install 'jax[tpu]=={version}'"),
 }
 

@@ -83,6 +83,10 @@ def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):
     assert select_implementation((12, 64, 64)).implementation == "pallas"
     assert select_implementation((12, 64, 64), dtype="bfloat16").implementation == "pallas"
     assert select_implementation((12, 64, 64), implementation="xla").implementation == "xla"
+    for capability, num_head, pair_channel in ((89, 16, 256), (89, 32, 128), (90, 32, 256)):
+        pretend("gpu", capability)
+        selection = select_implementation((num_head, 64, 64), pair_channel=pair_channel)
+        assert selection.implementation == "pallas"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,12 @@ def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):
         (("gpu", 90), {"num_head": 33}, "it takes up to 32 heads, not 33"),
         (("gpu", 90), {"pair_channel": 257}, "up to 256 channels of inputs_2d, not 257"),
         (("gpu", 90), {"pair_channel": None}, "inputs_2d as an array only"),
+        (
+            ("gpu", 89),
+            {"num_head": 17, "pair_channel": 129},
+            "need more shared memory than a GPU",
+        ),
+        (("gpu", 80), {"num_head": 32, "pair_channel": 256}, "of compute capability 8.0 has"),
     ],
 )
 def test_what_kernels_cannot_do_is_refused_and_xla_is_the_default(
@@ -178,6 +188,8 @@ def test_useless_tunables_are_refused(arguments, message):
 
 
 def test_heuristics():
-    assert pallas_triton.heuristic(128, "float32") == Config()
-    assert pallas_triton.heuristic(128, "bfloat16").forward_block == 64
-    assert pallas_triton.heuristic(256, "float32").forward_block == 16
+    assert pallas_triton.heuristic(12, 128, "float32") == Config()
+    assert pallas_triton.heuristic(12, 128, "bfloat16").forward_block == 64
+    assert pallas_triton.heuristic(12, 256, "float32").forward_block == 16
+    assert pallas_triton.heuristic(32, 128, "float32").num_stages == 1
+    assert pallas_triton.heuristic(32, 128, "bfloat16").num_stages == 2

@@ -9,7 +9,11 @@ meanwhile. Every sum has a fixed order: results are the same bits in every run.
 
 A pass over `inputs_2d` that makes the whole logits itself was tried: four query rows of a program,
 which share what they read of keys, need 1.35 reads of `inputs_2d` in all instead of some 1.5, but
-more registers than there are, and took 67 s to compile for an H200 where this takes 2 s.
+more registers than there are, and took 67 s to compile for an H200 where this takes 2 s. Rows one
+after the other, each with its state in memory, would need no more registers. But the keys of all
+heads are 2.6 times the bytes of a row of `inputs_2d`: by estimate, to read them from the L2 cache
+once for eight rows takes nearly as long as the logits that it saves, and leaves too few programs
+where N < 2000.
 
 Pallas's Triton backend is deprecated in favour of Mosaic GPU, which needs Hopper or newer. Moving
 there replaces the files `pallas_triton*.py` and nothing else: `attend`, `unsupported` and `Config`
@@ -39,6 +43,9 @@ MAX_PAIR_CHANNEL = 256
 
 # Ampere: the first with TF32 and bfloat16 products and asynchronous copies.
 _LEAST_CAPABILITY = 80
+
+# Of 227 KB of shared memory for a program, where others have 99 (GeForce) or 163 (A100).
+_CAPABILITIES_WITH_227_KB = (90, 100, 103, 110)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +124,25 @@ def unsupported(
     if capability is None or capability < _LEAST_CAPABILITY:
         found = "another" if capability is None else f"{capability // 10}.{capability % 10}"
         return f"it needs an NVIDIA GPU of compute capability 8.0 or higher, this one has {found}"
+    if num_head > 16 and pair_channel > 128 and capability not in _CAPABILITIES_WITH_227_KB:
+        return (
+            f"its {num_head} heads and {pair_channel} channels of inputs_2d need more shared "
+            f"memory than a GPU of compute capability {capability // 10}.{capability % 10} has"
+        )
     return None
 
 
-def heuristic(pair_channel: int, dtype: Any) -> Config:
-    """Tunables by channels and dtype of `inputs_2d`.
+def heuristic(num_head: int, pair_channel: int, dtype: Any) -> Config:
+    """Tunables by heads, and by channels and dtype of `inputs_2d`.
 
-    They come from estimates of registers and shared memory; none has been measured.
+    They come from registers and shared memory that compilers say the kernels need at AF2's widths
+    of scalars and points, on the GPUs that `unsupported` lets pass; none has been timed.
     """
+    is_bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
+    num_stages = 2 if is_bfloat16 or (num_head <= 16 and pair_channel <= 128) else 1
     if pair_channel > 128:
-        return Config(forward_block=16, backward_block=16, num_warps=8)
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return Config(forward_block=64)
-    return Config()
+        return Config(forward_block=16, backward_block=16, num_warps=8, num_stages=num_stages)
+    return Config(forward_block=64 if is_bfloat16 else 32, num_stages=num_stages)
 
 
 def _backend() -> Any:
@@ -185,7 +198,7 @@ def attend(
     """Invariant point attention by fused GPU kernels.
 
     Args:
-      inputs: the array arguments, checked and supported.
+      inputs: the array arguments, checked and supported; points near the origin.
       scales: static factors of the logit terms.
       precision: of no effect: products are about as accurate as float32's.
       query_block: how many query rows to process at a time, forward and backward; None for all.
@@ -201,7 +214,8 @@ def attend(
     from ipa_haiku.attention import pallas_triton_forward as forward
 
     del precision
-    config = config or heuristic(inputs.inputs_2d.shape[-1], inputs.inputs_2d.dtype)
+    z = inputs.inputs_2d
+    config = config or heuristic(inputs.num_head, z.shape[-1], z.dtype)
     query_block = min(query_block or inputs.num_query, inputs.num_query)
     attend_one = functools.partial(forward.attend_one, Static(scales, config, query_block))
     return for_each_protein(attend_one, inputs, "pallas")

@@ -116,7 +116,7 @@ class Side(NamedTuple):
     """What the logits without the pair term are made of, of queries or of keys, in float32."""
 
     scalar: jax.Array  # [N, H, C]
-    point: jax.Array  # [N, H, P*3] recentred
+    point: jax.Array  # [N, H, P*3] near the origin
     mask: jax.Array  # [N]
     segment: Any  # [N] segment ids, if any
 
