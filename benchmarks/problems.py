@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.cases import Model
-from ipa_haiku import FactorizedPair, InvariantPointAttention, QuatAffine, rigid
+from ipa_haiku import FactorizedPair, InvariantPointAttention, QuatAffine
 from ipa_haiku.attention.base import LogitScales
 from ipa_haiku.testing import random_frames
 
@@ -54,11 +54,11 @@ def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
         return jax.random.normal(next(keys), shape, dtype)
 
     frames = random_frames(next(keys), n, position_scale=model.position_scale)
-    rotation, translation = rigid.to_rotation_translation(frames)
 
     def points(count: int) -> jax.Array:
         local = jax.random.normal(next(keys), (n, ipa.num_head, count, 3))
-        return rigid.apply_to_point(rotation, translation, local)
+        components = [local[..., i] for i in range(3)]
+        return jnp.stack(frames.apply_to_point(components, extra_dims=2), axis=-1)
 
     head_and_qk = (n, ipa.num_head, ipa.num_scalar_qk)
     differentiable = {

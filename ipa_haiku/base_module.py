@@ -1,6 +1,7 @@
 """What the monomer and the multimer module share: all but projections, scales and the norm."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, cast
 
 import haiku as hk
@@ -9,11 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ipa_haiku import rigid
-from ipa_haiku.attention.api import (
-    DEFAULT_MEMORY_BUDGET,
-    invariant_point_attention,
-    select_implementation,
-)
+from ipa_haiku.attention.api import DEFAULT_MEMORY_BUDGET, attention_core, select_implementation
 from ipa_haiku.attention.base import (
     AttentionTerms,
     IPAInputs,
@@ -31,6 +28,7 @@ from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import check_config
 from ipa_haiku.pair import StructuredPair, is_dense, num_channel
+from ipa_haiku.quat_affine import QuatAffine
 
 NUM_LOGIT_TERMS = 3  # scalar, point and pair, each given a third of the logits' variance
 
@@ -91,8 +89,7 @@ class BaseInvariantPointAttention(hk.Module):
         inputs_1d: jax.Array,
         inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
-        rotation: jax.Array,
-        translation: jax.Array,
+        frames: QuatAffine,
     ) -> IPAInputs:
         """Projects to the arrays of the attention core (lines 1 to 4); mask [..., N].
 
@@ -105,8 +102,8 @@ class BaseInvariantPointAttention(hk.Module):
         """The factors of the logit terms (line 7)."""
 
     @abc.abstractmethod
-    def _norm(self, point: jax.Array) -> jax.Array:
-        """Norms [...] of points [..., 3] (line 11), with a finite gradient at zero."""
+    def _norm(self, point: Sequence[jax.Array]) -> jax.Array:
+        """Norms [...] of points, three of [...] (line 11), with a finite gradient at zero."""
 
     @hk.transparent
     def _attend(
@@ -133,7 +130,9 @@ class BaseInvariantPointAttention(hk.Module):
             pair_channel=num_channel(inputs_2d),
             config=self._kernel_config,
         )
-        if selection.implementation != "reference":
+        # Whether that is 'reference' does not depend on a dtype, which is not known yet.
+        is_centered = selection.implementation != "reference"
+        if is_centered:
             # Global coordinates lose digits far from the origin; moving all frames of a segment
             # changes nothing else.
             if segment_ids is None:
@@ -141,11 +140,12 @@ class BaseInvariantPointAttention(hk.Module):
             else:
                 center = segment_center(translation, mask, segment_ids, segment_ids)
             translation = translation - center
-        inputs = self._core_inputs(inputs_1d, inputs_2d, mask, rotation, translation)
+        frames = rigid.to_quat_affine(rotation, translation)
+        inputs = self._core_inputs(inputs_1d, inputs_2d, mask, frames)
         inputs = inputs._replace(q_segment_ids=segment_ids, k_segment_ids=segment_ids)
-        result = invariant_point_attention(
-            **inputs._asdict(),
-            logit_scales=self._logit_scales(),
+        result = attention_core(
+            inputs,
+            self._logit_scales(),
             implementation=self._implementation,
             precision=self._precision,
             query_block=self._query_block,
@@ -153,8 +153,10 @@ class BaseInvariantPointAttention(hk.Module):
             return_attention=return_attention,
             sharding=self._sharding,
             config=self._kernel_config,
+            is_centered=is_centered,
         )
-        point_local = rigid.invert_point(rotation, translation, result.point)
+        # By indexing: the gradient of a split moves more memory on GPUs.
+        point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
         features = _output_features(result, point_local, self._norm(point_local))
         output = Linear(
             self.config.num_channel,
@@ -163,6 +165,22 @@ class BaseInvariantPointAttention(hk.Module):
             name="output_projection",
         )(features.astype(inputs_1d.dtype))
         return output if result.attention is None else (output, result.attention)
+
+    def _global_points(
+        self, frames: QuatAffine, local: Sequence[Sequence[jax.Array]]
+    ) -> list[jax.Array]:
+        """Queries, keys and values [..., N, H, points, 3] in the global frame (lines 2 and 3).
+
+        Args:
+          frames: of the residues.
+          local: x, y, z [..., N, H, points] in them, of queries, keys and values in this order, in
+            any number of parts: all points move at once.
+        """
+        dtype = frames.translation[0].dtype
+        components = [jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*local)]
+        points = jnp.stack(frames.apply_to_point(components, extra_dims=2), axis=-1)
+        num_qk = self.config.num_point_qk
+        return jnp.split(points, [num_qk, 2 * num_qk], axis=-2)
 
     @hk.transparent
     def _pair_weights_and_bias(
@@ -222,18 +240,20 @@ def _check_inputs(
         assert_shape("segment_ids", segment_ids, "... N", batch)
 
 
-def _output_features(result: IPAOutput, point_local: jax.Array, norm: jax.Array) -> jax.Array:
+def _output_features(
+    result: IPAOutput, point_local: Sequence[jax.Array], norm: jax.Array
+) -> jax.Array:
     """Concatenates what the output projection reads (line 11): [..., N, H*(Cv + 4*Pv + C_z)].
 
     Args:
       result: of the attention core.
-      point_local: [..., N, H, Pv, 3] output points in the local frames.
+      point_local: components of the output points in the local frames, three of [..., N, H, Pv].
       norm: [..., N, H, Pv] their norms.
 
     Returns:
       The features in AF2's order: scalar, local x, local y, local z, norm, pair (if any).
     """
-    parts = [result.scalar, *(point_local[..., d] for d in range(3)), norm]
+    parts = [result.scalar, *point_local, norm]
     if result.pair is not None:
         parts.append(result.pair)
     return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)

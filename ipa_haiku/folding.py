@@ -1,5 +1,6 @@
 """Invariant Point Attention of the AlphaFold 2 monomer: the twin of `folding.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import haiku as hk
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku import rigid
 from ipa_haiku.attention.base import AttentionTerms, IPAInputs, LogitScales
 from ipa_haiku.base_module import NUM_LOGIT_TERMS, BaseInvariantPointAttention
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.pair import StructuredPair
+from ipa_haiku.quat_affine import QuatAffine
 
 
 class InvariantPointAttention(BaseInvariantPointAttention):
@@ -72,18 +73,17 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         inputs_1d: jax.Array,
         inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
-        rotation: jax.Array,
-        translation: jax.Array,
+        frames: QuatAffine,
     ) -> IPAInputs:
-        c, frames = self.config, (rotation, translation)
+        c = self.config
         q_scalar = self._scalars(inputs_1d, "q_scalar", c.num_scalar_qk)
         kv_scalar = self._scalars(inputs_1d, "kv_scalar", c.num_scalar_qk + c.num_scalar_v)
         k_scalar, v_scalar = jnp.split(kv_scalar, [c.num_scalar_qk], axis=-1)
-        q_point = self._points(inputs_1d, *frames, "q_point_local", c.num_point_qk)
-        kv_point = self._points(
-            inputs_1d, *frames, "kv_point_local", c.num_point_qk + c.num_point_v
-        )
-        k_point, v_point = jnp.split(kv_point, [c.num_point_qk], axis=-2)
+        local = [
+            self._local_points(inputs_1d, "q_point_local", c.num_point_qk),
+            self._local_points(inputs_1d, "kv_point_local", c.num_point_qk + c.num_point_v),
+        ]
+        q_point, k_point, v_point = self._global_points(frames, local)
         point_weights = self._point_weights(NUM_LOGIT_TERMS)
         pair_weights, pair_bias = self._pair_weights_and_bias(inputs_2d)
         return IPAInputs(
@@ -98,8 +98,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
             pair=float(np.sqrt(1.0 / NUM_LOGIT_TERMS)),
         )
 
-    def _norm(self, point: jax.Array) -> jax.Array:
-        x, y, z = (jnp.square(point[..., d]) for d in range(3))
+    def _norm(self, point: Sequence[jax.Array]) -> jax.Array:
+        x, y, z = map(jnp.square, point)
         return jnp.sqrt(self._dist_epsilon + x + y + z)
 
     @hk.transparent  # AF2 names the projections as children of `__call__`
@@ -110,15 +110,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         return projection(inputs_1d).reshape(*inputs_1d.shape[:-1], num_head, num_channel)
 
     @hk.transparent
-    def _points(
-        self,
-        inputs_1d: jax.Array,
-        rotation: jax.Array,
-        translation: jax.Array,
-        name: str,
-        num_point: int,
-    ) -> jax.Array:
-        """Points [..., N, H, num_point, 3] in the global frame (lines 2 and 3).
+    def _local_points(self, inputs_1d: jax.Array, name: str, num_point: int) -> list[jax.Array]:
+        """Points in the residues' own frames (lines 2 and 3): x, y, z [..., N, H, num_point].
 
         The projection runs at the highest precision on every device: the results are coordinates,
         and bfloat16 or TF32 passes would move them by up to 1 part in 1,000.
@@ -127,8 +120,6 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         projection = Linear(
             num_head * 3 * num_point, precision=jax.lax.Precision.HIGHEST, name=name
         )
-        local = projection(inputs_1d).astype(translation.dtype)
-        # The monomer lays out all x before all y before all z: [..., N, H * num_point, 3].
-        local = jnp.stack(jnp.split(local, 3, axis=-1), axis=-1)
-        points = rigid.apply_to_point(rotation, translation, local)
-        return points.reshape(*inputs_1d.shape[:-1], num_head, num_point, 3)
+        # The monomer lays out all x before all y before all z.
+        components = jnp.split(projection(inputs_1d), 3, axis=-1)
+        return [x.reshape(*inputs_1d.shape[:-1], num_head, num_point) for x in components]

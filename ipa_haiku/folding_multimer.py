@@ -1,5 +1,6 @@
 """Invariant Point Attention of AlphaFold-Multimer: the twin of `folding_multimer.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import haiku as hk
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku import rigid as rigid_lib
 from ipa_haiku.attention.base import AttentionTerms, IPAInputs, LogitScales
 from ipa_haiku.base_module import NUM_LOGIT_TERMS, BaseInvariantPointAttention
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.pair import StructuredPair
+from ipa_haiku.quat_affine import QuatAffine
 
 
 class InvariantPointAttention(BaseInvariantPointAttention):
@@ -76,18 +77,18 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         inputs_1d: jax.Array,
         inputs_2d: jax.Array | StructuredPair | None,
         mask: jax.Array,
-        rotation: jax.Array,
-        translation: jax.Array,
+        frames: QuatAffine,
     ) -> IPAInputs:
-        c, frames = self.config, (rotation, translation)
+        c = self.config
         point_weights = self._point_weights(logit_terms=1)
-        q_point = self._points(inputs_1d, *frames, "q_point_projection", c.num_point_qk)
-        k_point = self._points(inputs_1d, *frames, "k_point_projection", c.num_point_qk)
+        q_local = self._local_points(inputs_1d, "q_point_projection", c.num_point_qk)
+        k_local = self._local_points(inputs_1d, "k_point_projection", c.num_point_qk)
         q_scalar = self._scalars(inputs_1d, "q_scalar_projection", c.num_scalar_qk)
         k_scalar = self._scalars(inputs_1d, "k_scalar_projection", c.num_scalar_qk)
         pair_weights, pair_bias = self._pair_weights_and_bias(inputs_2d)
         v_scalar = self._scalars(inputs_1d, "v_scalar_projection", c.num_scalar_v)
-        v_point = self._points(inputs_1d, *frames, "v_point_projection", c.num_point_v)
+        v_local = self._local_points(inputs_1d, "v_point_projection", c.num_point_v)
+        q_point, k_point, v_point = self._global_points(frames, [q_local, k_local, v_local])
         return IPAInputs(
             q_scalar, k_scalar, v_scalar, q_point, k_point, v_point,
             inputs_2d, pair_weights, pair_bias, point_weights, mask, mask,
@@ -102,8 +103,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
             total=float(np.sqrt(1.0 / NUM_LOGIT_TERMS)),
         )
 
-    def _norm(self, point: jax.Array) -> jax.Array:
-        x, y, z = (jnp.square(point[..., d]) for d in range(3))
+    def _norm(self, point: Sequence[jax.Array]) -> jax.Array:
+        x, y, z = map(jnp.square, point)
         return jnp.sqrt(jnp.maximum(x + y + z, self._dist_epsilon**2))
 
     @hk.transparent
@@ -113,21 +114,15 @@ class InvariantPointAttention(BaseInvariantPointAttention):
         return Linear(shape, use_bias=False, precision=self._precision, name=name)(inputs_1d)
 
     @hk.transparent
-    def _points(
-        self,
-        inputs_1d: jax.Array,
-        rotation: jax.Array,
-        translation: jax.Array,
-        name: str,
-        num_point: int,
-    ) -> jax.Array:
-        """Points [..., N, H, num_point, 3] in the global frame (lines 2 and 3)."""
+    def _local_points(self, inputs_1d: jax.Array, name: str, num_point: int) -> list[jax.Array]:
+        """Points in the residues' own frames (lines 2 and 3): x, y, z [..., N, H, num_point]."""
         local = _PointProjection(self.config.num_head, num_point, name=name)(inputs_1d)
-        return rigid_lib.apply_to_point(rotation, translation, local.astype(translation.dtype))
+        # The multimer lays out all x before all y before all z inside each head.
+        return jnp.split(local, 3, axis=-1)
 
 
 class _PointProjection(hk.Module):
-    """Projects residues [..., N, C_s] to points [..., N, H, num_point, 3] in their own frames."""
+    """Projects residues [..., N, C_s] to points [..., N, H, 3 * num_point] in their own frames."""
 
     def __init__(self, num_head: int, num_point: int, name: str):
         super().__init__(name=name)
@@ -136,10 +131,8 @@ class _PointProjection(hk.Module):
 
     def __call__(self, inputs_1d: jax.Array) -> jax.Array:
         # At the highest precision, as in AF2: the results are coordinates.
-        components = Linear(
+        return Linear(
             (self.num_head, 3 * self.num_point),
             precision=jax.lax.Precision.HIGHEST,
             name="point_projection",
         )(inputs_1d)
-        # The multimer lays out all x before all y before all z inside each head.
-        return jnp.stack(jnp.split(components, 3, axis=-1), axis=-1)

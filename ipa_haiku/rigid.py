@@ -1,4 +1,4 @@
-"""One adapter from any frames object to plain arrays, and the two maps of points between frames.
+"""One adapter from any frames object to plain arrays, and from those to frames that move points.
 
 The only place that knows what frames objects look like. AF2's classes are recognised by their
 attributes, so that `alphafold` need not be installed.
@@ -73,56 +73,20 @@ def _stack(
     return rot_list_to_tensor(rotation), vec_list_to_tensor(translation)
 
 
-def apply_to_point(rotation: jax.Array, translation: jax.Array, point: jax.Array) -> jax.Array:
-    """Maps points from the local frames to the global one, in AF2's arithmetic.
+def to_quat_affine(rotation: jax.Array, translation: jax.Array) -> QuatAffine:
+    """Frames that map points, from the arrays that `to_rotation_translation` returns.
 
     Args:
       rotation: [..., N, 3, 3].
-      translation: [..., N, 3], in the unit of `point`.
-      point: [..., N, *extra, 3], any number of dimensions between N and 3.
+      translation: [..., N, 3], of the same leading dimensions.
 
     Returns:
-      Points of the shape of `point`.
-
-    Raises:
-      AssertionError: if the shapes do not fit together.
+      Frames without a quaternion.
     """
-    frames, components, extra_dims = _unstack(rotation, translation, point)
-    return vec_list_to_tensor(frames.apply_to_point(components, extra_dims))
-
-
-def invert_point(rotation: jax.Array, translation: jax.Array, point: jax.Array) -> jax.Array:
-    """Maps points from the global frame to the local ones, in AF2's arithmetic.
-
-    Args:
-      rotation: [..., N, 3, 3].
-      translation: [..., N, 3], in the unit of `point`.
-      point: [..., N, *extra, 3], any number of dimensions between N and 3.
-
-    Returns:
-      Points of the shape of `point`.
-
-    Raises:
-      AssertionError: if the shapes do not fit together.
-    """
-    frames, components, extra_dims = _unstack(rotation, translation, point)
-    return vec_list_to_tensor(frames.invert_point(components, extra_dims))
-
-
-def _unstack(
-    rotation: jax.Array, translation: jax.Array, point: jax.Array
-) -> tuple[QuatAffine, list[jax.Array], int]:
-    """Returns frames, the components of the points, and how many dimensions these add."""
-    batch = translation.shape[:-1]
-    extra = point.shape[len(batch) : -1]
-    assert_shape("rotation", rotation, "... N 3 3", (*batch, 3, 3))
-    assert_shape("translation", translation, "... N 3", (*batch, 3))
-    assert_shape("point", point, "... N extra 3", (*batch, *extra, 3))
     # Slices of a stack made by `to_rotation_translation` cost nothing under jit. The gradient of a
-    # split is one concatenation, quick to compile; that of indexing moves less memory on GPUs.
+    # split is one concatenation, quick to compile.
     rows = [_components(row) for row in _components(rotation, axis=-2)]
-    frames = QuatAffine(None, _components(translation), rotation=rows)
-    return frames, [point[..., i] for i in range(3)], len(extra)
+    return QuatAffine(None, _components(translation), rotation=rows)
 
 
 def _components(tensor: jax.Array, axis: int = -1) -> list[jax.Array]:

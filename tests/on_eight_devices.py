@@ -24,6 +24,7 @@ from ipa_haiku import (
     invariant_point_attention,
 )
 from ipa_haiku.attention.pallas_triton import Config
+from ipa_haiku.attention.rows import BY_ROW
 
 TOLERANCE = 2e-6  # of the largest element
 SCALES = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
@@ -97,6 +98,16 @@ def test_core_equals_one_device(n, axis_type, sizes_of, make_core_inputs):
     # is then 1e-6 of the sum, in any order of summation. One device comes within 1.7e-6 of float64,
     # eight within 7e-7, so that the two may be 2.4e-6 apart.
     assert_close(*(jax.tree.map(lambda *x: np.stack(x), *draws) for draws in (actual, expected)))
+
+
+def test_explicitly_sharded_queries_with_segments(sizes_of, make_core_inputs):
+    mesh, n = make_mesh(), 136  # enough for more than one batch of segments' centers
+    inputs = make_core_inputs(sizes_of("tiny"), n, mask="full")
+    inputs = inputs._replace(q_segment_ids=jnp.arange(n) % 3, k_segment_ids=jnp.arange(n) % 3)
+    expected = core()(inputs)
+    rows = NamedSharding(mesh, P("rows"))
+    placed = {name: jax.device_put(getattr(inputs, name), rows) for name in BY_ROW}
+    assert_close(core(sharding=RowSharding(mesh, "rows"))(inputs._replace(**placed)), expected)
 
 
 def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):

@@ -223,7 +223,9 @@ def test_reference_is_af2_in_float64(size, mask, case, compiled):
 def test_error_budget(implementation, size, n, mask, case, compiled):
     """At most twice AF2's own error, in outputs and gradients of the rows that count."""
     results = []
-    for seed in range(3):  # one draw alone can be lucky
+    # With three draws the gradient of three point weights was off by 2.8 times AF2's error in one
+    # case; over 240 draws of that case by 1.1 times.
+    for seed in range(12):
         params, arguments, cotangent = case(size, n, mask, seed)
         rows = np.asarray(arguments[2])
         arguments = params, arguments, cotangent * rows

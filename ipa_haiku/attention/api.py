@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ipa_haiku.attention import pallas_triton, reference, streaming, xla
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, check_inputs
+from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, at_center, check_inputs
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 
@@ -217,15 +217,60 @@ def invariant_point_attention(
         inputs_2d, pair_weights, pair_bias, point_weights, q_mask, k_mask,
         q_segment_ids, k_segment_ids,
     )  # fmt: skip
+    return attention_core(
+        inputs,
+        logit_scales,
+        implementation=implementation,
+        precision=precision,
+        query_block=query_block,
+        memory_budget=memory_budget,
+        return_attention=return_attention,
+        sharding=sharding,
+        config=config,
+        is_centered=False,
+    )
+
+
+def attention_core(
+    inputs: IPAInputs,
+    logit_scales: LogitScales,
+    *,
+    implementation: str | None,
+    precision: jax.lax.PrecisionLike,
+    query_block: int | None,
+    memory_budget: int,
+    return_attention: bool,
+    sharding: RowSharding | None,
+    config: pallas_triton.Config | None,
+    is_centered: bool,
+) -> IPAOutput:
+    """`invariant_point_attention` for a module, which has moved its frames near the origin.
+
+    Args:
+      inputs: the array arguments.
+      logit_scales: as in `invariant_point_attention`, as all that follows but the last.
+      implementation: which.
+      precision: of matrix products.
+      query_block: rows at a time.
+      memory_budget: in bytes.
+      return_attention: whether to.
+      sharding: over devices.
+      config: of the kernels.
+      is_centered: whether points are near the origin; others are moved there and back, except for
+        'reference'.
+
+    Returns:
+      `IPAOutput`, as `invariant_point_attention`.
+    """
     check_inputs(inputs)
     selection = select_implementation(
-        (*q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
+        (*inputs.q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
         implementation=implementation,
         query_block=query_block,
         memory_budget=memory_budget,
         return_attention=return_attention,
         sharding=sharding,
-        pair_channel=num_channel(inputs_2d),
+        pair_channel=num_channel(inputs.inputs_2d),
         dtype=inputs.logits_dtype,
         config=config,
     )
@@ -236,8 +281,10 @@ def invariant_point_attention(
     )
     if selection.implementation == "pallas":
         options["config"] = config
-    attend = IMPLEMENTATIONS[selection.implementation]
-    if selection.implementation == "xla" and not is_dense(inputs_2d):
-        attend = streaming.attend
-    attend = functools.partial(attend, scales=logit_scales, precision=precision, **options)
-    return attend(inputs) if sharding is None else sharding.run(attend, inputs)
+    core = IMPLEMENTATIONS[selection.implementation]
+    if selection.implementation == "xla" and not is_dense(inputs.inputs_2d):
+        core = streaming.attend
+    core = functools.partial(core, scales=logit_scales, precision=precision, **options)
+    if selection.implementation != "reference" and not is_centered:
+        core = functools.partial(at_center, core)
+    return core(inputs) if sharding is None else sharding.run(core, inputs)

@@ -305,32 +305,38 @@ def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
     return q_center[..., None, None, :], k_center[..., None, None, :]
 
 
-def for_each_protein(
-    attend: Callable[[IPAInputs], IPAOutput], inputs: IPAInputs, implementation: str
-) -> IPAOutput:
-    """Runs a fast implementation, written for one protein, over batch dimensions, recentred.
-
-    Args:
-      attend: from the arguments of one protein to its result.
-      inputs: the array arguments, checked.
-      implementation: its name.
-
-    Returns:
-      The results with all batch dimensions, points where they belong.
-
-    Raises:
-      TypeError: under forward-mode differentiation, which only `reference` supports.
-    """
+def at_center(attend: Callable[[IPAInputs], IPAOutput], inputs: IPAInputs) -> IPAOutput:
+    """`attend(inputs)` with all points near the origin, where they have the most digits."""
     q_center, k_center = centers(inputs)
     inputs = inputs._replace(
         q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
         v_point=inputs.v_point - k_center,
     )  # fmt: skip
+    out = attend(inputs)
+    return out._replace(point=out.point + q_center)
+
+
+def for_each_protein(
+    attend: Callable[[IPAInputs], IPAOutput], inputs: IPAInputs, implementation: str
+) -> IPAOutput:
+    """Runs a fast implementation, written for one protein, over batch dimensions.
+
+    Args:
+      attend: from the arguments of one protein to its result.
+      inputs: the array arguments, checked; points near the origin.
+      implementation: its name.
+
+    Returns:
+      The results with all batch dimensions.
+
+    Raises:
+      TypeError: under forward-mode differentiation, which only `reference` supports.
+    """
     in_axes: Any = jax.tree.map(lambda axes: 0 if "..." in axes else None, axes_of(inputs))
     for _ in range(inputs.q_mask.ndim - 1):
         attend = jax.vmap(attend, in_axes=(in_axes,))
     try:
-        out = attend(inputs)
+        return attend(inputs)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise TypeError(
@@ -338,7 +344,6 @@ def for_each_protein(
                 "no forward mode (jvp, jacfwd, linearize); use implementation='reference' for that."
             ) from error
         raise
-    return out._replace(point=out.point + q_center)
 
 
 def subtract_segment_penalty(logits: jax.Array, inputs: IPAInputs) -> jax.Array:

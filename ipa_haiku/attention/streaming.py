@@ -2,8 +2,8 @@
 
 The logits of a block of queries and a block of keys exist one block at a time, forward (an online
 softmax) and backward (from the statistics of each row); no array of Nq * Nk numbers is formed.
-As in `xla`, point distances are sums of squared differences, coordinates are recentred, and the
-gradient is written by hand.
+As in `xla`, point distances are sums of squared differences, coordinates are expected near the
+origin, and the gradient is written by hand.
 
 The pair term never meets C_z channels of a pair. With z_ij = sum_r left_ir right_jr, bias and
 output of head h are products with the factors of the keys, which all heads share:
@@ -101,7 +101,8 @@ def attend(
     """Invariant point attention for structured pair representations, or none.
 
     Args:
-      inputs: the array arguments, checked; `inputs_2d` is a structured pair or None.
+      inputs: the array arguments, checked; points near the origin; `inputs_2d` is a structured pair
+        or None.
       scales: static factors of the logit terms.
       precision: of the matrix products over scalar and pair channels.
       query_block: how many queries to process at a time; None for `QUERY_BLOCK`.

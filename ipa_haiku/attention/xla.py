@@ -6,7 +6,8 @@ Same result as `reference`, in another order of operations:
 - the softmax stays unnormalised until the outputs are small;
 - the gradient keeps one [H, Nq, Nk] array from the forward pass (none with `query_block`);
 - on CPUs, what reads or writes `inputs_2d` does so in blocks of rows that a cache holds (`rows`);
-- coordinates are recentred, so that the gradient's matrix products do not cancel large numbers.
+- coordinates are expected near the origin (`base.at_center`, or the module, moves them there), so
+  that the gradient's matrix products do not cancel large numbers.
 
 Below, x is an `IPAInputs` of one protein in float32 (or float64); letters in einsums: q queries,
 k keys, h heads, c channels.
@@ -62,7 +63,7 @@ def attend(
     """Invariant point attention by matrix products, with a hand-written gradient.
 
     Args:
-      inputs: the array arguments, checked.
+      inputs: the array arguments, checked; points near the origin.
       scales: static factors of the logit terms.
       precision: of the matrix products over scalar and pair channels.
       query_block: how many query rows to process at a time, forward and backward; None for all.
