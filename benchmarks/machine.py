@@ -25,11 +25,14 @@ _PACKAGES = (
     "transformers",
 )
 
+# Settings outside of the program that change how fast it is.
+_ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
+
 _REPEATS = 7  # of which the fastest counts: it is a bound that is looked for
 
 
 def describe(dtype: str) -> dict[str, Any]:
-    """The machine, the versions of what runs on it, and its measured rates.
+    """The machine, what runs on it with which settings, and its measured rates.
 
     Args:
       dtype: in which products of matrices are measured.
@@ -48,6 +51,7 @@ def describe(dtype: str) -> dict[str, Any]:
         "bandwidth_gb_s": _bandwidth() / 1e9,
         "matmul_gflop_s": _matmul_rate(dtype) / 1e9,
         "versions": {"python": platform.python_version(), **_versions()},
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)},
     }
 
 

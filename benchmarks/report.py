@@ -23,13 +23,14 @@ _MODE_TITLES = {"forward": "forward", "grad": "gradient"}
 
 
 def machine(results: Results) -> str:
-    """The machine and the versions, in two lines."""
+    """The machine and what runs on it, in two lines, or three."""
     m = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    environment = ", ".join(f"{name}={value}" for name, value in m.get("environment", {}).items())
     return (
         f"{_machine_name(m)}; memory {m['bandwidth_gb_s']:.0f} GB/s, "
         f"{results.settings['dtype']} matrix products {m['matmul_gflop_s']:.0f} GFLOP/s (measured)"
-        f"\n{versions}"
+        f"\n{versions}" + (f"\n{environment}" if environment else "")
     )
 
 

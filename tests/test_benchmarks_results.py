@@ -19,6 +19,7 @@ MACHINE = {
     "bandwidth_gb_s": 20.0,
     "matmul_gflop_s": 100.0,
     "versions": {"python": "3.11.7", "jax": "0.10.2"},
+    "environment": {},
 }
 
 

@@ -33,6 +33,7 @@ MACHINE = {
     "bandwidth_gb_s": 20.0,
     "matmul_gflop_s": 100.0,
     "versions": {"jax": "0.10.2"},
+    "environment": {},
 }
 # Two samples, without repeating calls: as fast as it gets.
 QUICK = {"model": "tiny", "repeats": 2, "min_sample_ms": 0.0, "implementations": ("reference",)}
@@ -107,8 +108,11 @@ def test_interleave_runs_every_task_once_a_round_in_changing_order():
     assert len(set(orders)) > 1
 
 
-def test_machine_measures_its_rates():
+def test_machine_measures_its_rates(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     described = machine.describe("float32")
+    assert described["environment"]["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "HOME" not in described["environment"]
     assert described.keys() == MACHINE.keys()
     assert described["bandwidth_gb_s"] > 0
     assert described["matmul_gflop_s"] > 0
