@@ -41,3 +41,12 @@ def af2_bytes():
 def test_the_gradient_is_leaner_than_af2s(options, factor, af2_bytes):
     module = functools.partial(InvariantPointAttention, implementation="xla", **options)
     assert temporary_bytes(module, QuatAffine) * factor <= af2_bytes
+
+
+def test_automatic_blocks_keep_to_their_budget():
+    def of_blocks(**options):
+        module = functools.partial(InvariantPointAttention, implementation="xla", **options)
+        return temporary_bytes(module, QuatAffine)
+
+    budget = 16 * 2**20
+    assert of_blocks(memory_budget=budget) - of_blocks(query_block=1) <= budget

@@ -23,6 +23,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
 # `pallas`: the logits and their gradient.
 _NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
+# How often, in blocks of rows, the gradient holds a block's rows of `inputs_2d`, in float32: what
+# products take, and the rows of the gradient before they are put in place. Kernels do neither.
+_NUM_PAIR_ROWS = {"xla": 2, "pallas": 0}
+
 DEFAULT_MEMORY_BUDGET = 2 * 2**30
 
 _AF2_PAIR_CHANNEL = 128
@@ -125,8 +129,11 @@ def select_implementation(
         num_query = block = min(num_query, streaming.QUERY_BLOCK)
     if query_block is None:
         query_block = block
-        bytes_per_row = _NUM_TEMPORARY[implementation] * 4 * num_head * num_key * math.prod(batch)
+        bytes_per_number = 4 * num_key * math.prod(batch)
+        bytes_per_row = _NUM_TEMPORARY[implementation] * num_head * bytes_per_number
         if bytes_per_row * num_query > memory_budget:
+            num_copied = _NUM_PAIR_ROWS[implementation] * (pair_channel or 0)
+            bytes_per_row += num_copied * bytes_per_number
             query_block = max(memory_budget // bytes_per_row, 1)
             reason += f"; in blocks, as temporaries would pass {memory_budget} bytes"
     return Selection(implementation, query_block, reason)
@@ -189,8 +196,9 @@ def invariant_point_attention(
       query_block: how many query rows to process at a time, so that temporaries stay small; None
         for as many as `memory_budget` allows. Not 'reference'.
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
-        processed in blocks. What a block copies comes on top: its rows of an array `inputs_2d`, of
-        their gradient, and the one-hot rows of the table of a `RelativePositionPair`.
+        processed in blocks, and that those of a block may take, with its copies of rows of an array
+        `inputs_2d` and of their gradient. The one-hot rows of the table of a `RelativePositionPair`
+        come on top.
       return_attention: also return the attention weights and the three logit terms.
       q_segment_ids: [..., Nq] any integers; None for one segment. A query attends to the keys of
         its own segment as if there were no others. It must have one: the result of a query whose
