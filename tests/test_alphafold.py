@@ -42,7 +42,9 @@ def af2_is_left_as_it_was():
 # --- the structure module ------------------------------------------------------------------------
 
 NUM_RESIDUES = 24
-NUM_DRAWS = 3
+# Of three draws one with a large error decided: 2.2 times AF2's error in one group of gradients,
+# which over 32 draws is off by 1.2 times.
+NUM_DRAWS = 12
 VARIANTS = {"monomer": "model_1", "multimer": "model_1_multimer_v3"}
 
 
