@@ -223,6 +223,8 @@ def _print_comparison(old: Results, found: Results, margin: float) -> bool:
     print(f"\nCompared with the run of {old.date}, margin {margin:.0%} of time:")
     if old.machine["device"] != found.machine["device"]:
         print(f"  that was another machine: {old.machine['device']}")
+    if old.machine.get("environment", {}) != found.machine.get("environment", {}):
+        print(f"  that was another environment: {old.machine.get('environment', {})}")
     print("\n".join(f"  {line}" for line in worse or ["nothing got slower or larger"]))
     return bool(worse)
 

@@ -133,6 +133,7 @@ class JaxCandidate:
         """The compiled computation, and in how many seconds: the median of up to three times."""
         seconds: list[float] = []
         while True:
+            jax.clear_caches()  # of parts that one traced before; what is compiled stays
             start = time.perf_counter()
             compiled = jax.jit(self.function(mode)).lower(problem).compile()
             seconds.append(time.perf_counter() - start)

@@ -26,12 +26,16 @@ def machine(results: Results) -> str:
     """The machine and what runs on it, in two lines, or three."""
     m = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    environment = ", ".join(f"{name}={value}" for name, value in m.get("environment", {}).items())
+    environment = _environment(m)
     return (
         f"{_machine_name(m)}; memory {m['bandwidth_gb_s']:.0f} GB/s, "
         f"{results.settings['dtype']} matrix products {m['matmul_gflop_s']:.0f} GFLOP/s (measured)"
         f"\n{versions}" + (f"\n{environment}" if environment else "")
     )
+
+
+def _environment(m: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in m.get("environment", {}).items())
 
 
 def _machine_name(m: dict[str, Any]) -> str:
@@ -133,10 +137,11 @@ def markdown(results: Results, source: str | None) -> str:
     for what, rows in itertools.groupby(results.rows, key=lambda row: row.what):
         blocks.append(_markdown_table(list(rows), what))
     m, versions = results.machine, results.machine["versions"]
+    environment = f", with `{_environment(m)}`" if _environment(m) else ""
     blocks.append(
         f"Medians on {_machine_name(m)}; jax {versions['jax']}, {results.settings['dtype']}, "
-        f"{results.date[:10]}. Errors are largest errors against float64 over the largest element; "
-        "of a gradient, the worst of parameters, inputs and frames."
+        f"{results.date[:10]}{environment}. Errors are largest errors against float64 over the "
+        "largest element; of a gradient, the worst of parameters, inputs and frames."
         + _pair_note(results)
         + (f" Generated from `{source}`." if source else "")
     )

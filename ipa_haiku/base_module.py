@@ -138,6 +138,8 @@ class BaseInvariantPointAttention(hk.Module):
             if segment_ids is None:
                 center = masked_center(translation, mask)[..., None, :]
             else:
+                if self._sharding is not None:
+                    segment_ids = self._sharding.on_every_device(segment_ids)
                 center = segment_center(translation, mask, segment_ids, segment_ids)
             translation = translation - center
         frames = rigid.to_quat_affine(rotation, translation)

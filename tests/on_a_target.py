@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from benchmarks import cost
 from ipa_haiku import LogitScales, invariant_point_attention
 
-N, C, P = 256, 16, 4
+N, C, P, PV = 256, 16, 4, 8  # the last two: points of queries and keys, of values
 SCALES = LogitScales(scalar=1.0, pair=1.0)
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -31,7 +31,8 @@ def temporary_bytes(
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-    floating = [shape(N, num_head, C)] * 3 + [shape(N, num_head, P, 3)] * 3
+    floating = [shape(N, num_head, C)] * 3
+    floating += [shape(N, num_head, num_point, 3) for num_point in (P, P, PV)]
     floating += [shape(N, N, pair_channel, dtype=dtype), shape(pair_channel, num_head)]
     floating += [shape(num_head)] * 2 + [shape(N)] * 2
     ids = [shape(N, dtype=jnp.int32)] * 2 if segments else [None] * 2

@@ -214,7 +214,8 @@ def module_gradients(variant, sizes, **options):
     ("axis_type", "variant", "n"),
     [
         pytest.param(AxisType.Auto, folding_multimer, 13, marks=pytest.mark.slow),
-        (AxisType.Explicit, folding, 16),
+        # More than one batch of segments' centers.
+        (AxisType.Explicit, folding, 136),
     ],
 )
 def test_modules_equal_one_device(axis_type, variant, n, sizes_of, make_inputs, make_params):
@@ -225,7 +226,7 @@ def test_modules_equal_one_device(axis_type, variant, n, sizes_of, make_inputs, 
     segment_ids = jnp.broadcast_to(jnp.arange(n) % 2, (2, n))
     expected = run(params, *inputs, segment_ids)
     spec = P("data", "rows") if n % 4 == 0 else P("data")
-    inputs = jax.device_put(inputs, NamedSharding(mesh, spec))
+    inputs, segment_ids = jax.device_put((inputs, segment_ids), NamedSharding(mesh, spec))
     params = jax.device_put(params, NamedSharding(mesh, P()))
     _, run_sharded = module_gradients(variant, sizes, sharding=RowSharding(mesh, "rows", "data"))
     assert_close(run_sharded(params, *inputs, segment_ids), expected)

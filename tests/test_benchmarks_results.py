@@ -176,6 +176,18 @@ def test_a_row_without_a_time_shows_its_status(results):
     assert line.split()[3:5] == ["wrong", "-"]
 
 
+def test_environment_is_told(results, tmp_path, capsys):
+    results.write(tmp_path / "old.json")
+    assert "GLIBC" not in report.machine(results) + report.markdown(results, None)
+    results.machine = MACHINE | {"environment": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+    results.write(tmp_path / "new.json")
+    setting = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    assert report.machine(results).splitlines()[-1] == setting
+    assert f", with `{setting}`. Errors" in report.markdown(results, None)
+    main(["--from-json", str(tmp_path / "new.json"), "--compare", str(tmp_path / "old.json")])
+    assert "that was another environment: {}" in capsys.readouterr().out
+
+
 def test_markdown_is_a_table_of_all_rows(results):
     lines = report.markdown(results, "results/x.json").splitlines()
     assert lines[:4] == [

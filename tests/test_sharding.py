@@ -102,6 +102,8 @@ def test_memory_budget_is_that_of_a_device():
     assert select_implementation(shape, memory_budget=budget, sharding=sharding).query_block is None
     half = select_implementation(shape, memory_budget=budget // 2, sharding=sharding)
     assert half.query_block == block
+    wide = select_implementation(shape, memory_budget=2 * budget, dtype="float64")
+    assert wide.query_block == block
 
 
 @pytest.mark.parametrize(

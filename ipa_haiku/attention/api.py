@@ -1,4 +1,4 @@
-"""The one entry to the attention core: checks, chooses an implementation, calls it."""
+"""The entries to the attention core: check, choose an implementation, call it."""
 
 import functools
 import math
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ipa_haiku.attention import pallas_triton, reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, at_center, check_inputs
@@ -19,7 +20,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
 }
 
 # How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak. `xla`: by XLA:CPU's memory
-# analysis of the module at N = 512, 63 MB if it takes all rows at once (51 MB as it does on CPUs).
+# analysis of the module at N = 512, 63 MB if it takes all rows at once (49 MB as it does on CPUs).
 # `pallas`: the logits and their gradient.
 _NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
@@ -129,11 +130,11 @@ def select_implementation(
         num_query = block = min(num_query, streaming.QUERY_BLOCK)
     if query_block is None:
         query_block = block
-        bytes_per_number = 4 * num_key * math.prod(batch)
-        bytes_per_row = _NUM_TEMPORARY[implementation] * num_head * bytes_per_number
+        # float32 at least: narrower numbers are widened.
+        key_bytes = max(jnp.dtype(dtype).itemsize, 4) * num_key * math.prod(batch)
+        bytes_per_row = _NUM_TEMPORARY[implementation] * num_head * key_bytes
         if bytes_per_row * num_query > memory_budget:
-            num_copied = _NUM_PAIR_ROWS[implementation] * (pair_channel or 0)
-            bytes_per_row += num_copied * bytes_per_number
+            bytes_per_row += _NUM_PAIR_ROWS[implementation] * (pair_channel or 0) * key_bytes
             query_block = max(memory_budget // bytes_per_row, 1)
             reason += f"; in blocks, as temporaries would pass {memory_budget} bytes"
     return Selection(implementation, query_block, reason)
@@ -252,23 +253,23 @@ def attention_core(
     config: pallas_triton.Config | None,
     is_centered: bool,
 ) -> IPAOutput:
-    """`invariant_point_attention` for a module, which has moved its frames near the origin.
+    """What `invariant_point_attention` and the modules share.
 
     Args:
-      inputs: the array arguments.
-      logit_scales: as in `invariant_point_attention`, as all that follows but the last.
-      implementation: which.
-      precision: of matrix products.
-      query_block: rows at a time.
-      memory_budget: in bytes.
-      return_attention: whether to.
-      sharding: over devices.
-      config: of the kernels.
-      is_centered: whether points are near the origin; others are moved there and back, except for
-        'reference'.
+      inputs: the array arguments of `invariant_point_attention`.
+      logit_scales: as there, and so all others but the last.
+      implementation: as there.
+      precision: as there.
+      query_block: as there.
+      memory_budget: as there.
+      return_attention: as there.
+      sharding: as there.
+      config: as there.
+      is_centered: whether the points are near the origin, where modules have moved their frames;
+        others are moved there and back, except for 'reference'.
 
     Returns:
-      `IPAOutput`, as `invariant_point_attention`.
+      `IPAOutput`, as there; its errors, too.
     """
     check_inputs(inputs)
     selection = select_implementation(

@@ -119,6 +119,10 @@ class RowSharding:
             **{k: jax.tree.map(lambda x, k=k: unpad(x, _OUTPUT_AXES[k]), v) for k, v in fields}
         )
 
+    def on_every_device(self, x: jax.Array) -> jax.Array:
+        """An array [..., N] with all N on every device of `row_axis`."""
+        return self._place(x, self._spec("... N", x.ndim - 1))
+
     def _spec(self, axes: str, num_batch: int, sharded_rows: bool = True) -> PartitionSpec:
         """How an array with such axes, as in the comments of `IPAInputs`, is sharded."""
         batched, *names = axes.split() if "..." in axes else ("", *axes.split())
