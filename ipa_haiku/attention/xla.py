@@ -136,7 +136,7 @@ def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tupl
         grads = _backward_in_blocks(static, inputs, out, cotangent)
     else:
         cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
-        grads = _backward(static, inputs, out, softmax, cotangent)
+        grads = _backward(static, inputs, _keys(widen(inputs)), out, softmax, cotangent)
     inputs = _without_segments(inputs)  # which have no gradient
     return (jax.tree.map(lambda g, a: g.astype(a.dtype), grads, inputs),)
 
@@ -196,19 +196,24 @@ def _outputs(inputs: IPAInputs, keys: _Keys, softmax: _Softmax, pair: jax.Array)
 
 
 def _backward(
-    static: _Static, inputs: IPAInputs, out: IPAOutput, softmax: _Softmax, cotangent: IPAOutput
+    static: _Static,
+    inputs: IPAInputs,
+    keys: _Keys,
+    out: IPAOutput,
+    softmax: _Softmax,
+    cotangent: IPAOutput,
 ) -> IPAInputs:
     """Gradient of every input; zero for the masks by definition."""
     x = widen(inputs)
     pair_scale = static.scales.pair
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    dlogits, dpair = _backward_logits(static, inputs, out, softmax, cotangent, dvalue)
+    dlogits, dpair = _backward_logits(static, inputs, keys, out, softmax, cotangent, dvalue)
 
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
     dinputs_2d, sums_of_squares = by_rows(
-        functools.partial(_backward_rows, static, inputs, softmax, cotangent.pair, dlogits),
+        functools.partial(_backward_rows, static, inputs, keys, softmax, cotangent.pair, dlogits),
         inputs, inputs.num_query, axes=(0, 1),
     )  # fmt: skip
     return IPAInputs(
@@ -228,6 +233,7 @@ def _backward(
 def _backward_logits(
     static: _Static,
     inputs: IPAInputs,
+    keys: _Keys,
     out: IPAOutput,
     softmax: _Softmax,
     cotangent: IPAOutput,
@@ -241,7 +247,7 @@ def _backward_logits(
     # the dot product of the outputs with their cotangents.
     value = jnp.concatenate([out.scalar, _flat(out.point)], axis=-1)
     delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
-    values = jnp.moveaxis(_keys(widen(inputs)).value, 0, -1)  # [H, Cv + Pv*3, Nk]
+    values = jnp.moveaxis(keys.value, 0, -1)  # [H, Cv + Pv*3, Nk]
 
     def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
         x = take_rows(inputs, start, size)
@@ -266,6 +272,7 @@ def _backward_logits(
 def _backward_rows(
     static: _Static,
     inputs: IPAInputs,
+    keys: _Keys,
     softmax: _Softmax,
     dpair: jax.Array,
     dlogits: jax.Array,
@@ -283,7 +290,7 @@ def _backward_rows(
     dinputs_2d = jnp.einsum("qgk,qgc->qkc", left, right, precision=static.precision)
 
     q_point = take_axis(_coordinates(x.q_point), start, size, 2)
-    squares = weighted_squares(dlogits, q_point, _coordinates(x.k_point))
+    squares = weighted_squares(dlogits, q_point, keys.point)
     return narrow_rows(dinputs_2d, inputs, start), jnp.sum(squares, axis=-1)
 
 
@@ -337,7 +344,7 @@ def _backward_in_blocks(
             lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
         )
         x = take_rows(inputs, start, block)
-        rows = _backward(static, x, out_rows, _softmax(static, x, keys), cotangent_rows)
+        rows = _backward(static, x, keys, out_rows, _softmax(static, x, keys), cotangent_rows)
         return IPAInputs(
             **{
                 name: update(total, getattr(rows, name), start, 0)
