@@ -80,7 +80,11 @@ def attend(
 
 
 class _Keys(NamedTuple):
-    """Of all keys, what the logits and their gradient are made of, laid out for products."""
+    """Of all keys, what the logits and their gradient are made of, laid out for products.
+
+    To be made outside of loops over rows: inside, XLA would make the transpositions layouts, and
+    loops over distances would load coordinates one by one.
+    """
 
     scalar: jax.Array  # [H, C, Nk]
     point: jax.Array  # [H, P*3, Nk]
@@ -92,6 +96,14 @@ class _Softmax(NamedTuple):
 
     weights: jax.Array  # [H, Nq, Nk] exp(logits - max)
     scale: jax.Array  # [H, Nq] 1 / their sums
+
+
+class _Attention(NamedTuple):
+    """What the gradient knows of the forward pass: of all keys, and of the same rows."""
+
+    keys: _Keys
+    softmax: _Softmax
+    out: IPAOutput
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -136,7 +148,8 @@ def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tupl
         grads = _backward_in_blocks(static, inputs, out, cotangent)
     else:
         cotangent = jax.tree.map(lambda a: a.astype(inputs.logits_dtype), cotangent)
-        grads = _backward(static, inputs, _keys(widen(inputs)), out, softmax, cotangent)
+        attention = _Attention(_keys(widen(inputs)), softmax, out)
+        grads = _backward(static, inputs, attention, cotangent)
     inputs = _without_segments(inputs)  # which have no gradient
     return (jax.tree.map(lambda g, a: g.astype(a.dtype), grads, inputs),)
 
@@ -196,24 +209,19 @@ def _outputs(inputs: IPAInputs, keys: _Keys, softmax: _Softmax, pair: jax.Array)
 
 
 def _backward(
-    static: _Static,
-    inputs: IPAInputs,
-    keys: _Keys,
-    out: IPAOutput,
-    softmax: _Softmax,
-    cotangent: IPAOutput,
+    static: _Static, inputs: IPAInputs, attention: _Attention, cotangent: IPAOutput
 ) -> IPAInputs:
     """Gradient of every input; zero for the masks by definition."""
-    x = widen(inputs)
+    x, softmax = widen(inputs), attention.softmax
     pair_scale = static.scales.pair
     dvalue = jnp.concatenate([cotangent.scalar, _flat(cotangent.point)], axis=-1)  # [Nq, H, c]
-    dlogits, dpair = _backward_logits(static, inputs, keys, out, softmax, cotangent, dvalue)
+    dlogits, dpair = _backward_logits(static, inputs, attention, cotangent, dvalue)
 
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
     dinputs_2d, sums_of_squares = by_rows(
-        functools.partial(_backward_rows, static, inputs, keys, softmax, cotangent.pair, dlogits),
+        functools.partial(_backward_rows, static, inputs, attention, cotangent.pair, dlogits),
         inputs, inputs.num_query, axes=(0, 1),
     )  # fmt: skip
     return IPAInputs(
@@ -233,9 +241,7 @@ def _backward(
 def _backward_logits(
     static: _Static,
     inputs: IPAInputs,
-    keys: _Keys,
-    out: IPAOutput,
-    softmax: _Softmax,
+    attention: _Attention,
     cotangent: IPAOutput,
     dvalue: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -245,13 +251,14 @@ def _backward_logits(
     """
     # dlogits = total * attention * (dattention - sum_k attention * dattention), and that sum is
     # the dot product of the outputs with their cotangents.
+    out = attention.out
     value = jnp.concatenate([out.scalar, _flat(out.point)], axis=-1)
     delta = jnp.sum(dvalue * value, axis=-1) + jnp.sum(cotangent.pair * out.pair, axis=-1)
-    values = jnp.moveaxis(keys.value, 0, -1)  # [H, Cv + Pv*3, Nk]
+    values = jnp.moveaxis(attention.keys.value, 0, -1)  # [H, Cv + Pv*3, Nk]
 
     def rows(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
         x = take_rows(inputs, start, size)
-        weights, scale = (take_axis(a, start, size, 1) for a in softmax)
+        weights, scale = (take_axis(a, start, size, 1) for a in attention.softmax)
         dvalue_rows, dpair, delta_rows = (
             take_axis(a, start, size) for a in (dvalue, cotangent.pair, delta)
         )
@@ -272,8 +279,7 @@ def _backward_logits(
 def _backward_rows(
     static: _Static,
     inputs: IPAInputs,
-    keys: _Keys,
-    softmax: _Softmax,
+    attention: _Attention,
     dpair: jax.Array,
     dlogits: jax.Array,
     start: jax.Array | int,
@@ -281,7 +287,8 @@ def _backward_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Of some rows, d(inputs_2d) [q, Nk, C_z] and the sums of dlogits * |Q - K|^2 [H, q]."""
     x = widen(inputs)
-    weights, scale, dlogits = (take_axis(a, start, size, 1) for a in (*softmax, dlogits))
+    arrays = (*attention.softmax, dlogits)
+    weights, scale, dlogits = (take_axis(a, start, size, 1) for a in arrays)
     # d(inputs_2d)_qk = sum_h attention_hqk dpair_qh + dlogits_hqk pair_weights_h, as one product.
     dpair = scale.T[..., None] * take_axis(dpair, start, size)
     pair_weights = jnp.broadcast_to(static.scales.pair * x.pair_weights.T, dpair.shape)
@@ -290,7 +297,7 @@ def _backward_rows(
     dinputs_2d = jnp.einsum("qgk,qgc->qkc", left, right, precision=static.precision)
 
     q_point = take_axis(_coordinates(x.q_point), start, size, 2)
-    squares = weighted_squares(dlogits, q_point, keys.point)
+    squares = weighted_squares(dlogits, q_point, attention.keys.point)
     return narrow_rows(dinputs_2d, inputs, start), jnp.sum(squares, axis=-1)
 
 
@@ -344,7 +351,8 @@ def _backward_in_blocks(
             lambda a: jnp.where(fresh.reshape(-1, *[1] * (a.ndim - 1)), a, 0.0), cotangent_rows
         )
         x = take_rows(inputs, start, block)
-        rows = _backward(static, x, keys, out_rows, _softmax(static, x, keys), cotangent_rows)
+        attention = _Attention(keys, _softmax(static, x, keys), out_rows)
+        rows = _backward(static, x, attention, cotangent_rows)
         return IPAInputs(
             **{
                 name: update(total, getattr(rows, name), start, 0)
