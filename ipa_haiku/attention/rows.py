@@ -22,6 +22,7 @@ def by_rows(
     axes: Any,
     *,
     at_once: int = 1,
+    fill: jax.Array | int = 0,
 ) -> Any:
     """What `compute` makes of all queries, at most `query_block` of them at a time.
 
@@ -32,6 +33,8 @@ def by_rows(
       axes: of the rows in each array that `compute` returns.
       at_once: how many blocks a step of the loop takes on CPUs, each of as many times the bytes.
         They depend on nothing of each other, so cores may share them.
+      fill: a number that the loop on CPUs finds where it puts its results. It is in none of them,
+        but until it is known, no core writes it.
 
     Returns:
       The arrays with all rows.
@@ -51,7 +54,7 @@ def by_rows(
 
         shapes = jax.eval_shape(lambda: compute(0, block))
         results = jax.tree.map(
-            lambda a, axis: _as_bits(jnp.zeros(_with_rows(a.shape, num_query, axis), a.dtype)),
+            lambda a, axis: _as_bits(jnp.full(_with_rows(a.shape, num_query, axis), fill, a.dtype)),
             shapes, axes,
         )  # fmt: skip
         results = jax.lax.fori_loop(0, num_block(block * at_once, num_query), step, results)

@@ -137,7 +137,12 @@ def _forward(static: _Static, inputs: IPAInputs, at_once: int) -> tuple[IPAOutpu
         out = by_rows(outputs, inputs, static.query_block, IPAOutput(first, first, first))
     else:
         axes = (_Softmax(second, second), first)
-        softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes, at_once=at_once)
+        # Within a gradient on CPUs, a constant would be written by the core that first writes the
+        # zeros of the gradient of inputs_2d, and this loop would wait for both.
+        softmax, pair = by_rows(
+            softmax_and_pair, inputs, static.query_block, axes,
+            at_once=at_once, fill=keys.value[0, 0, 0],
+        )  # fmt: skip
         out = _outputs(inputs, keys, softmax, pair)
     return out, softmax
 
