@@ -133,6 +133,10 @@ class BaseInvariantPointAttention(hk.Module):
         # Whether that is 'reference' does not depend on a dtype, which is not known yet.
         is_centered = selection.implementation != "reference"
         if is_centered:
+            # Differences of float16 coordinates may be infinite.
+            rotation, translation = (
+                x.astype(jnp.result_type(x, jnp.float32)) for x in (rotation, translation)
+            )
             # Global coordinates lose digits far from the origin; moving all frames of a segment
             # changes nothing else.
             if segment_ids is None:
@@ -179,7 +183,8 @@ class BaseInvariantPointAttention(hk.Module):
             any number of parts: all points move at once.
         """
         dtype = frames.translation[0].dtype
-        components = [jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*local)]
+        components = [jnp.concatenate(parts, axis=-1) for parts in zip(*local)]
+        components = [x.astype(jnp.promote_types(x.dtype, dtype)) for x in components]
         points = jnp.stack(frames.apply_to_point(components, extra_dims=2), axis=-1)
         num_qk = self.config.num_point_qk
         return jnp.split(points, [num_qk, 2 * num_qk], axis=-2)

@@ -47,7 +47,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           inputs_2d: [..., N, N, C_z] pair activations, floating-point; or a `FactorizedPair` or
             `RelativePositionPair` that stands for them; or None for a model without any, which has
             no `attention_2d` and no pair features in `output_projection`.
-          mask: [..., N, 1] 1 where a residue is real, 0 where it is padding.
+          mask: [..., N, 1] 1 where a residue is real, 0 where it is padding. Its gradient is zero,
+            but for `implementation='reference'`.
           affine: frames of the residues, translations in units of `position_scale`: a `QuatAffine`
             (ours or AF2's), AF2's `Rigid3Array`, or a pair (rotation [..., N, 3, 3], translation
             [..., N, 3]).
@@ -56,8 +57,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           return_attention: also return the attention weights and the logit terms.
 
         Returns:
-          [..., N, num_channel] in the dtype of `inputs_1d`; with `return_attention` a pair of that
-          and `AttentionTerms`.
+          [..., N, num_channel] in the dtype that `inputs_1d` and the parameters promote to; with
+          `return_attention` a pair of that and `AttentionTerms`.
 
         Raises:
           TypeError: if `affine` is of no known kind or an input is no array.

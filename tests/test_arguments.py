@@ -103,3 +103,22 @@ def test_wrong_segments_are_refused(name, good):
 
 def test_an_unknown_implementation_is_refused(good):
     assert_refused(good, ".*".join(sorted(IMPLEMENTATIONS)), ValueError, implementation="cuda")
+
+
+@pytest.mark.parametrize("name", ["query_block", "memory_budget"])
+def test_sizes_are_positive_integers(name, good):
+    for bad in (0, True, 1.5):
+        assert_refused(good, f"{name} must be a positive integer", ValueError, **{name: bad})
+    jax.eval_shape(
+        lambda: invariant_point_attention(
+            **good._asdict(), logit_scales=MONOMER, **{name: np.int64(4)}
+        )
+    )
+
+
+def test_traced_logit_scales_are_refused(good):
+    def attend(logit_scales):
+        return invariant_point_attention(**good._asdict(), logit_scales=logit_scales)
+
+    with pytest.raises(TypeError, match="logit_scales must be `LogitScales` of numbers"):
+        jax.jit(attend)(MONOMER)

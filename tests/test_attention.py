@@ -281,7 +281,7 @@ class ImplementationTests:
 
     @pytest.mark.parametrize("transform", ["jvp", "hessian"])
     def test_other_derivatives_are_right_or_refused(self, transform, sizes_of, make_core_inputs):
-        inputs = make_core_inputs(sizes_of("tiny"), 2)
+        inputs = make_core_inputs(sizes_of("tiny"), 6)
 
         def run(**options):
             def loss(q_point):
@@ -299,6 +299,27 @@ class ImplementationTests:
         if supported:
             expected = run(implementation="reference")
             chex.assert_trees_all_close(result, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
+
+    def test_gradient_is_linear_in_a_cotangent_of_zero(self, sizes_of, make_core_inputs):
+        inputs = make_core_inputs(sizes_of("tiny"), 6)
+
+        def point_weights_gradient(cotangent, **options):
+            def loss(point_weights):
+                arrays = inputs._replace(point_weights=point_weights)._asdict()
+                result = invariant_point_attention(**arrays, logit_scales=MONOMER, **options)
+                return jnp.vdot(cotangent, result.scalar)
+
+            return jax.grad(loss)(inputs.point_weights)
+
+        zero = jnp.zeros_like(inputs.v_scalar)
+        with refused_or() as supported:
+            ours = functools.partial(point_weights_gradient, **self.options)
+            result = jax.jit(jax.jacrev(ours))(zero)
+        if supported:
+            reference = functools.partial(point_weights_gradient, implementation="reference")
+            expected = jax.jacrev(reference)(zero)
+            assert jnp.any(expected != 0)
+            np.testing.assert_allclose(result, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
 
     def test_return_attention(self, inputs):
         with refused_or() as supported:

@@ -274,6 +274,33 @@ def test_output_has_the_dtype_of_the_activations(
     assert difference(actual, expected) <= 40 * float(jnp.finfo(dtype).eps) * largest(expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_half_precision_frames_count_as_what_they_are(
+    dtype, implementation, sizes_of, make_inputs, make_params
+):
+    sizes = sizes_of("tiny")
+    inputs = make_inputs(sizes, 52)
+    rotation, _ = rigid.to_rotation_translation(QuatAffine.from_tensor(inputs.affine))
+    # Sums and differences of these, in units of 1/1024, pass float16's largest number.
+    translation = jnp.repeat(jnp.linspace(0.0, 200.0, 52)[:, None], 3, axis=1)
+    half = (rotation.astype(dtype), translation.astype(dtype))
+
+    def call(inputs_1d, inputs_2d, mask, frames):
+        global_config = types.SimpleNamespace(zero_init=False)
+        module = InvariantPointAttention(sizes.config, global_config, implementation=implementation)
+        return module(inputs_1d, inputs_2d, mask, frames)
+
+    module = hk.without_apply_rng(hk.transform(call))
+    params = make_params(module, *inputs[:3], half)
+    actual, expected = (
+        jax.jit(module.apply)(params, *inputs[:3], tuple(x.astype(d) for x in half))
+        for d in (dtype, "float32")
+    )
+    assert actual.dtype == jnp.float32
+    assert difference(actual, expected) <= 40 * np.finfo(np.float32).eps * largest(expected)
+
+
 @pytest.mark.parametrize("implementation", ANYWHERE)
 def test_batch_equals_loop(implementation, sizes_of, make_inputs, make_module, make_params):
     sizes = sizes_of("odd")

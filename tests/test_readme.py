@@ -36,4 +36,6 @@ def test_examples_run(tmp_path, monkeypatch):
     namespace = {}
     for example in examples:
         exec(compile(example, str(README), "exec"), namespace)
-    assert namespace["output"].shape == (100, 384)
+        if "output" in namespace:
+            assert namespace["output"].shape == (100, 384)
+            assert jax.numpy.any(namespace["output"] != 0)

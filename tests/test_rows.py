@@ -51,3 +51,39 @@ def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, mon
     # The outputs alone, within the gradient, and the gradient.
     assert in_blocks.as_text().count("stablehlo.while") >= 3
     assert_within_error_budget(in_blocks.compile()(inputs), whole.compile()(inputs), exact)
+
+
+def second_derivative(inputs, implementation):
+    """Of the sum of squared outputs in q_scalar and inputs_2d, along a direction: a gradient."""
+
+    def loss(q_scalar, inputs_2d):
+        arrays = inputs._replace(q_scalar=q_scalar, inputs_2d=inputs_2d)._asdict()
+        result = invariant_point_attention(
+            **arrays, logit_scales=SCALES, implementation=implementation
+        )
+        return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in result[:3])
+
+    def slope(*args):
+        gradients = jax.grad(loss, (0, 1))(*args)
+        return sum(jnp.sum(jnp.sin(g.astype(jnp.float32))) for g in gradients)
+
+    return jax.jit(jax.grad(slope, (0, 1)))(inputs.q_scalar, inputs.inputs_2d)
+
+
+@pytest.mark.parametrize("num_query", [9, 12])
+def test_second_derivatives_in_blocks(num_query, sizes_of, make_core_inputs, monkeypatch):
+    inputs = make_core_inputs(sizes_of("tiny"), num_query, 7)
+    expected = second_derivative(inputs, "reference")
+    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    for x, y in zip(second_derivative(inputs, "xla"), expected):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * jnp.max(jnp.abs(y)))
+
+
+def test_second_derivatives_of_bfloat16_in_blocks_are_refused(
+    sizes_of, make_core_inputs, monkeypatch
+):
+    inputs = make_core_inputs(sizes_of("tiny"), 12, 7)
+    inputs = inputs._replace(inputs_2d=jnp.asarray(inputs.inputs_2d, "bfloat16"))
+    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    with pytest.raises(TypeError, match="implementation='reference'"):
+        second_derivative(inputs, "xla")

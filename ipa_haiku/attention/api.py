@@ -82,7 +82,8 @@ def select_implementation(
             f"got {implementation!r}."
         )
     for name, value in (("query_block", query_block), ("memory_budget", memory_budget)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+        if value is not None and not (is_integer and value >= 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
     if config is not None and implementation not in (None, "pallas"):
@@ -184,9 +185,10 @@ def invariant_point_attention(
       pair_weights: [C_z, H] weights W of the pair bias; None without `inputs_2d`.
       pair_bias: [H] bias b of the pair bias; None without `inputs_2d`.
       point_weights: [H] weight of squared distances, after softplus and scaling.
-      q_mask: [..., Nq] 1 where a query is real.
+      q_mask: [..., Nq] 1 where a query is real. The gradient with respect to masks is zero, but for
+        'reference'.
       k_mask: [..., Nk] 1 where a key is real.
-      logit_scales: static factors of the logit terms.
+      logit_scales: static factors of the logit terms, numbers known when tracing.
       implementation: 'reference' (AF2's operations in AF2's order), 'xla' (fast, lean, with a
         hand-written gradient), 'pallas' (fused kernels for NVIDIA GPUs of compute capability 8.0
         or higher, in float32), or None for the best one on JAX's default device (see
@@ -214,7 +216,7 @@ def invariant_point_attention(
       [..., Nq, H, C_z] (None without `inputs_2d`), and `attention` (None unless asked for).
 
     Raises:
-      TypeError: if an argument is not an array.
+      TypeError: if an argument is not an array, or `logit_scales` are not numbers but traced.
       AssertionError: at trace time, naming the argument whose shape or dtype does not fit.
       ValueError: if there is no such implementation, `query_block`, `memory_budget` or `config` is
         of no use, there are pair weights without `inputs_2d`, only one of queries and keys has
@@ -272,6 +274,7 @@ def attention_core(
       `IPAOutput`, as there; its errors, too.
     """
     check_inputs(inputs)
+    logit_scales = _as_numbers(logit_scales)
     selection = select_implementation(
         (*inputs.q_mask.shape[:-1], inputs.num_head, inputs.num_query, inputs.num_key),
         implementation=implementation,
@@ -297,3 +300,13 @@ def attention_core(
     if selection.implementation != "reference" and not is_centered:
         core = functools.partial(at_center, core)
     return core(inputs) if sharding is None else sharding.run(core, inputs)
+
+
+def _as_numbers(logit_scales: LogitScales) -> LogitScales:
+    try:
+        return LogitScales(*map(float, logit_scales))
+    except TypeError as error:  # a tracer, or not three factors
+        raise TypeError(
+            "logit_scales must be `LogitScales` of numbers that are known when tracing, as by "
+            f"`functools.partial` before `jax.jit`, got {logit_scales!r}."
+        ) from error

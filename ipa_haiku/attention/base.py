@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from ipa_haiku.pair import StructuredPair
 
 # What every logit loses where query or key is masked (AF2's constant). It is large enough that
-# exp() of the difference to any unmasked logit is zero, and finite, so that a fully masked row
-# gives a plain average instead of NaN.
+# exp() of the difference to any unmasked logit is zero, and finite: a fully masked row gives what
+# it would give without a mask, of logits rounded to 1/128, instead of NaN.
 MASK_PENALTY = 1e5
 
 # What a logit loses on top where query and key are of different segments. Twice the above, so that
@@ -379,7 +379,10 @@ def sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def weighted_squares(weights: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """`weights` [..., Nq, Nk] times `sum_of_squares`; zero where weights are, however far apart."""
-    return in_one_loop(jnp.where(weights == 0, 0.0, weights * sum_of_squares(q, k)))
+    squares = sum_of_squares(q, k)
+    # Not the product: its derivative with respect to weights is that of zero ones, too.
+    is_nothing = (weights == 0) & ~(squares < jnp.inf)
+    return in_one_loop(weights * jnp.where(is_nothing, 0.0, squares))
 
 
 def in_one_loop(x: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def by_rows(
             shapes, axes,
         )  # fmt: skip
         results = jax.lax.fori_loop(0, num_block(block * at_once, num_query), step, results)
-        return jax.tree.map(lambda a, b: jax.lax.bitcast_convert_type(a, b.dtype), results, shapes)
+        return jax.tree.map(lambda a, b: _from_bits(a, b.dtype), results, shapes)
 
     return jax.lax.platform_dependent(
         cpu=lambda: in_blocks(min(query_block, _cached_rows(inputs, at_once)), at_once),
@@ -145,7 +145,25 @@ def update(results: Any, rows: Any, start: jax.Array, axes: Any) -> Any:
 
 def _as_bits(a: jax.Array) -> jax.Array:
     """bfloat16 and float16 as integers: XLA:CPU would round them anew as it puts them in place."""
-    return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype.itemsize == 2 else a
+    return _bits(a) if a.dtype.itemsize == 2 else a
+
+
+def _from_bits(a: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `_as_bits`. To JAX, the derivative of any `bitcast_convert_type` is zero."""
+    return a if a.dtype == dtype else jax.lax.bitcast_convert_type(a, dtype)
+
+
+@jax.custom_jvp
+def _bits(a: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(a, jnp.uint16)
+
+
+@_bits.defjvp
+def _refuse_derivative(*_: Any) -> Any:
+    raise TypeError(
+        "implementation='xla' has no second derivatives where inputs_2d is bfloat16 or float16; "
+        "use implementation='reference' for those."
+    )
 
 
 def _with_rows(shape: tuple[int, ...], num_query: int, axis: int) -> tuple[int, ...]:
