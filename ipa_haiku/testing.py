@@ -175,13 +175,14 @@ def assert_within_error_budget(
       floor: error that `fast` may always have: `reference` can hit small arrays by chance.
 
     Raises:
-      AssertionError: naming every array over the budget and both errors.
+      AssertionError: naming every array over the budget, or for which `reference` is not finite,
+        and both errors.
     """
     chex.assert_trees_all_equal_shapes(fast, reference, exact)
     failures = []
     for name, x, y, z in _leaves(fast, reference, exact):
         error, allowed = _rms_error(x, z), _rms_error(y, z)
-        if not error <= max(factor * allowed, floor):
+        if not (error <= max(factor * allowed, floor) and np.all(np.isfinite(y))):
             failures.append(f"{name} is off by {error:.1e}, the reference by {allowed:.1e}")
     _report(f"error over {factor:g} times the reference's", failures)
 
@@ -209,10 +210,16 @@ def _compare(actual: Any, expected: Any) -> Iterator[tuple[str, float, float]]:
 
 
 def _leaves(*trees: Any) -> Iterator[tuple[Any, ...]]:
-    """Yields the name of each leaf and the arrays there, in float64."""
+    """Yields the name of each leaf and the arrays there, in float64.
+
+    Raises:
+      AssertionError: if there are none.
+    """
     names = [
         jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])
     ]
+    if not names:
+        raise AssertionError("there are no arrays to compare")
     for name, *leaves in zip(names, *(jax.tree_util.tree_leaves(tree) for tree in trees)):
         yield name or "the result", *(np.asarray(x, np.float64) for x in leaves)
 

@@ -236,3 +236,18 @@ def test_budget_of_half_precision(dtype):
 def test_shapes_must_agree():
     with pytest.raises(AssertionError):
         assert_within_error_budget(np.ones(3), np.ones(3), np.ones(1))
+
+
+def test_nothing_to_compare_fails():
+    frames = random_frames(jax.random.key(0), 3)
+    for fn in (lambda _: {}, lambda _: None):
+        with pytest.raises(AssertionError, match="no arrays"):
+            assert_se3_invariant(fn, frames, key=jax.random.key(1))
+    with pytest.raises(AssertionError, match="no arrays"):
+        assert_within_error_budget({}, {}, {})
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_reference_that_is_not_finite_is_no_measure(value):
+    with pytest.raises(AssertionError, match="the reference by"):
+        assert_within_error_budget(np.ones(3), np.full(3, value), np.ones(3))

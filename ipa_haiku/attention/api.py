@@ -201,7 +201,7 @@ def invariant_point_attention(
       memory_budget: bytes that temporaries of size [..., H, Nq, Nk] may take before query rows are
         processed in blocks, and that those of a block may take, with its copies of rows of an array
         `inputs_2d` and of their gradient. The one-hot rows of the table of a `RelativePositionPair`
-        come on top.
+        come on top. Under `jax.vmap` it is that of one example.
       return_attention: also return the attention weights and the three logit terms.
       q_segment_ids: [..., Nq] any integers; None for one segment. A query attends to the keys of
         its own segment as if there were no others. It must have one: the result of a query whose
@@ -210,6 +210,7 @@ def invariant_point_attention(
       sharding: which devices compute which rows; None for no more than JAX itself makes of sharded
         arguments. `memory_budget` is then that of each device.
       config: tunables of 'pallas', also to run it in Pallas's interpreter; None for the best known.
+        Of no effect where the best implementation is another one.
 
     Returns:
       `IPAOutput`: scalar [..., Nq, H, Cv], point [..., Nq, H, Pv, 3] in the global frame, pair
