@@ -214,7 +214,7 @@ def test_lowers_for(form, platform):
 _LONG = """
 import resource, sys, jax
 sys.path.insert(0, {tests!r})
-from test_pair import lowered
+from test_pair_modules import lowered
 compiled = lowered("rank_1", {n}, {mode!r}).compile()
 arguments = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.1, x.dtype), compiled.in_avals)
 args, kwargs = arguments
