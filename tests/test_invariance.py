@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from implementations import ANYWHERE
 
-from ipa_haiku import QuatAffine
+from ipa_haiku import LogitScales, QuatAffine, invariant_point_attention
 from ipa_haiku.testing import assert_se3_invariant, random_motion
 
 EPS = float(np.finfo(np.float32).eps)
@@ -166,3 +166,22 @@ def gradients_of_module(sizes_of, make_inputs, make_module, make_params):
         return jax.jit(functools.partial(jax.grad(loss, argnums=(0, 1)), params))
 
     return compile
+
+
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_float16_points_far_away_count_as_what_they_are(implementation, sizes_of, make_core_inputs):
+    inputs = make_core_inputs(sizes_of("odd"), 6)
+    names = ("q_point", "k_point", "v_point")
+    # 16 times as much is more than float16's largest number.
+    half = {name: (getattr(inputs, name) + 6000.0).astype(jnp.float16) for name in names}
+    results = [
+        invariant_point_attention(
+            **inputs._asdict() | {name: x.astype(dtype) for name, x in half.items()},
+            logit_scales=LogitScales(scalar=0.5, pair=1.0),
+            implementation=implementation,
+        )[:3]
+        for dtype in (jnp.float16, jnp.float32)
+    ]
+    assert relative_change(*(result[::2] for result in results)) <= 20 * EPS
+    half_point, point = (result[1] for result in results)
+    assert relative_change(half_point, point) <= float(jnp.finfo(jnp.float16).eps) / 2

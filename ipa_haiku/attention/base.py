@@ -292,7 +292,8 @@ def centers(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
     A query and the keys that it sees have the same center: that of their segment.
     """
     # The mean of each key's points, also from whole numbers, here of 1/16.
-    whole = jnp.round(16.0 * jax.lax.stop_gradient(inputs.k_point)).astype(jnp.int32)
+    points = jax.lax.stop_gradient(inputs.k_point).astype(inputs.logits_dtype)
+    whole = jnp.round(16.0 * points).astype(jnp.int32)
     num_point = whole.shape[-3] * whole.shape[-2]
     points = jnp.sum(whole, axis=(-3, -2)).astype(inputs.logits_dtype) / (16.0 * num_point)
     if inputs.q_segment_ids is None or inputs.k_segment_ids is None:
