@@ -1,9 +1,9 @@
 """Puts the modules of this package into an installed AlphaFold, ColabFold or ColabDesign."""
 
 import contextlib
-import functools
 import importlib
 import types
+from typing import Any
 
 from ipa_haiku import folding, folding_multimer
 from ipa_haiku.attention.api import select_implementation
@@ -31,7 +31,8 @@ def use_in_alphafold(
         than AlphaFold-Multimer, `<package>.model.folding_multimer`.
 
     Returns:
-      A context manager; leaving it, or its `close()`, restores what was there before.
+      A context manager; leaving it, or its `close()`, restores what was there before. Of several
+      calls the last is undone first.
 
     Raises:
       ModuleNotFoundError: if there is no such package.
@@ -43,9 +44,18 @@ def use_in_alphafold(
     restore = contextlib.ExitStack()
     for name, module in modules.items():
         restore.callback(setattr, module, _CLASS, getattr(module, _CLASS))
-        ours = functools.partial(getattr(_TWINS[name], _CLASS), implementation=implementation)
-        setattr(module, _CLASS, ours)
+        setattr(module, _CLASS, _with_implementation(getattr(_TWINS[name], _CLASS), implementation))
     return restore
+
+
+def _with_implementation(module_class: type, implementation: str | None) -> type:
+    """A class, so that what AF2's class was a base of can still have one."""
+
+    class InvariantPointAttention(module_class):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, implementation=implementation, **kwargs)
+
+    return InvariantPointAttention
 
 
 def _structure_modules(package: str) -> dict[str, types.ModuleType]:

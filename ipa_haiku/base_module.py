@@ -164,12 +164,16 @@ class BaseInvariantPointAttention(hk.Module):
         # By indexing: the gradient of a split moves more memory on GPUs.
         point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
         features = _output_features(result, point_local, self._norm(point_local))
-        output = Linear(
+        projection = Linear(
             self.config.num_channel,
             initializer="zeros" if self._zero_init else "linear",
             precision=self._precision,
             name="output_projection",
-        )(features.astype(inputs_1d.dtype))
+        )
+        # Parameters as wide as inputs_1d; where they are wider, so is what they multiply.
+        like = jax.ShapeDtypeStruct(features.shape, inputs_1d.dtype)
+        dtype = jnp.result_type(inputs_1d, projection.weights_and_bias(like)[0])
+        output = projection(features.astype(dtype))
         return output if result.attention is None else (output, result.attention)
 
     def _global_points(

@@ -1,6 +1,7 @@
 """Model sizes under AlphaFold 2's names."""
 
 import dataclasses
+import operator
 import os
 import tomllib
 from typing import Any, Self
@@ -75,6 +76,24 @@ def check_config(config: Any) -> None:
       ValueError: naming the size that is missing or not a positive integer.
     """
     for name in _SIZES:
-        size = getattr(config, name, None)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"config.{name} must be a positive integer, got {size!r}.")
+        if not hasattr(config, name):
+            raise ValueError(
+                f"config must have the attribute {name}, as `IPAConfig` has, got a "
+                f"{type(config).__name__}."
+            )
+        check_positive_integer(f"config.{name}", getattr(config, name))
+
+
+def check_positive_integer(name: str, value: Any, least: int = 1) -> None:
+    """Checks that a value is an integer, Python's or NumPy's, and not too small.
+
+    Raises:
+      ValueError: naming it.
+    """
+    kind = "a positive integer" if least == 1 else f"an integer, at least {least}"
+    try:
+        is_size = not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        is_size = False
+    if not is_size:
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")

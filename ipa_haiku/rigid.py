@@ -57,7 +57,8 @@ def _as_pair(affine: Any, name: str) -> tuple[jax.Array, jax.Array]:
     if hasattr(rotation, "xx") and hasattr(translation, "x"):
         rows = [[getattr(rotation, row + column) for column in "xyz"] for row in "xyz"]
         return _stack(rows, [getattr(translation, axis) for axis in "xyz"], name)
-    raise TypeError(f"{name} {_ACCEPTED}{type(affine).__name__}.")
+    hint = "; QuatAffine.from_tensor makes frames of [..., 7]" if hasattr(affine, "shape") else ""
+    raise TypeError(f"{name} {_ACCEPTED}{type(affine).__name__}{hint}.")
 
 
 def _stack(

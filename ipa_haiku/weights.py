@@ -349,7 +349,7 @@ def _find_openfold(tensors: Mapping[str, Any]) -> str:
 
 
 def _start(prefix: str) -> str:
-    return f"{prefix}." if prefix else ""
+    return f"{prefix.removesuffix('.')}." if prefix else ""
 
 
 def _openfold_keys(variant: Variant, layout: Layout, start: str) -> dict[str, str]:

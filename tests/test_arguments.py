@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ipa_haiku import LogitScales, invariant_point_attention
+from ipa_haiku import LogitScales, invariant_point_attention, select_implementation
 from ipa_haiku.attention.api import IMPLEMENTATIONS
 from ipa_haiku.attention.base import IPAInputs
 
@@ -114,6 +114,12 @@ def test_sizes_are_positive_integers(name, good):
             **good._asdict(), logit_scales=MONOMER, **{name: np.int64(4)}
         )
     )
+
+
+def test_a_shape_without_heads_or_rows_is_refused():
+    for bad in ((12,), (64, 64)):
+        with pytest.raises(ValueError, match=r"shape must be \[\.\.\., H, Nq, Nk\], got \("):
+            select_implementation(bad)
 
 
 def test_traced_logit_scales_are_refused(good):

@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from alphafold.model import config as af2_config
 
 from ipa_haiku import IPAConfig
+from ipa_haiku.config import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = [field.name for field in dataclasses.fields(IPAConfig)]
@@ -41,6 +43,15 @@ def test_frozen_and_hashable():
 def test_what_is_no_size_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value!r}"):
         IPAConfig(**{name: value})
+
+
+def test_a_size_may_be_numpys():
+    assert IPAConfig(num_head=np.int64(8)) == IPAConfig(num_head=8)
+
+
+def test_what_has_no_sizes_is_named():
+    with pytest.raises(ValueError, match=r"config must have the attribute num_head, .* got a dict"):
+        check_config(dataclasses.asdict(IPAConfig()))
 
 
 GOOD = dict.fromkeys(SIZES, 1)

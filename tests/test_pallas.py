@@ -176,10 +176,11 @@ def test_large_inputs_are_processed_in_blocks(pretend):
     ("arguments", "message"),
     [
         ({"forward_block": 48}, "forward_block must be a power of two, got 48"),
-        ({"backward_block": 8}, "backward_block must be at least 16, got 8"),
-        ({"tile": 0}, "tile must be at least 16, got 0"),
+        ({"backward_block": 8}, "backward_block must be an integer, at least 16, got 8"),
+        ({"tile": 0}, "tile must be an integer, at least 16, got 0"),
+        ({"tile": 16.5}, "tile must be an integer, at least 16, got 16.5"),
         ({"num_warps": 3}, "num_warps must be a power of two, got 3"),
-        ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
+        ({"num_stages": 0}, "num_stages must be a positive integer, got 0"),
     ],
 )
 def test_useless_tunables_are_refused(arguments, message):

@@ -122,6 +122,11 @@ def test_other_objects_are_refused(affine):
         rigid.to_rotation_translation(affine)
 
 
+def test_af2s_seven_numbers_are_told_what_makes_frames_of_them():
+    with pytest.raises(TypeError, match=r"got .*QuatAffine\.from_tensor makes frames"):
+        rigid.to_rotation_translation(jnp.zeros((5, 7)))
+
+
 R, T = random_frames(6)
 WRONG = {
     "rotation_columns": (R[..., :2], T, "affine's rotation must have shape"),

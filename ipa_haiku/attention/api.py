@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ipa_haiku.attention import pallas_triton, reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, at_center, check_inputs
 from ipa_haiku.attention.sharding import RowSharding
+from ipa_haiku.config import check_positive_integer
 from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
@@ -71,9 +72,9 @@ def select_implementation(
       `Selection` of the implementation, the number of query rows at a time, and the reason.
 
     Raises:
-      ValueError: if there is no such implementation, `query_block` or `memory_budget` is not a
-        positive integer, `config` is given to another implementation than 'pallas', or `sharding`
-        does not fit the batch dimensions.
+      ValueError: if there is no such implementation, `shape` has fewer than three sizes,
+        `query_block` or `memory_budget` is not a positive integer, `config` is given to another
+        implementation than 'pallas', or `sharding` does not fit the batch dimensions.
       NotImplementedError: if the named implementation cannot do what is asked.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -82,9 +83,10 @@ def select_implementation(
             f"got {implementation!r}."
         )
     for name, value in (("query_block", query_block), ("memory_budget", memory_budget)):
-        is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
-        if value is not None and not (is_integer and value >= 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if value is not None:
+            check_positive_integer(name, value)
+    if len(shape) < 3:
+        raise ValueError(f"shape must be [..., H, Nq, Nk], got {shape}.")
 
     if config is not None and implementation not in (None, "pallas"):
         raise ValueError(f"config is for implementation='pallas', got {implementation!r}.")

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, for_each_protein
+from ipa_haiku.config import check_positive_integer
 
 # Rows and columns that a tensor core takes at least.
 LEAST_BLOCK = 16
@@ -76,8 +77,7 @@ class Config:
         least["num_warps"] = 1
         for name, size in (least | {"num_stages": 1}).items():
             value = getattr(self, name)
-            if value < size:
-                raise ValueError(f"{name} must be at least {size}, got {value}.")
+            check_positive_integer(name, value, least=size)
             if name in least and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}.")
 
