@@ -42,8 +42,7 @@ def af2_is_left_as_it_was():
 # --- the structure module ------------------------------------------------------------------------
 
 NUM_RESIDUES = 24
-# Of three draws one with a large error decided: 2.2 times AF2's error in one group of gradients,
-# which over 32 draws is off by 1.2 times.
+# The error of one draw is off by chance, up to 2.7 times AF2's.
 NUM_DRAWS = 12
 VARIANTS = {"monomer": "model_1", "multimer": "model_1_multimer_v3"}
 
@@ -182,7 +181,18 @@ def test_structure_module(implementation, fold):
     assert exact[0].dtype == np.float64
     assert np.ptp(exact[0]) > 20  # the residues are not all in one place
     assert np.max(np.abs(ours[0] - theirs[0])) <= 1e-3
-    assert_within_error_budget(ours, theirs, exact)
+    # Near singular torsion angles a draw has twenty times the error of another, in AF2 as in ours,
+    # and would decide alone. In units of AF2's error, every draw counts.
+    units = jax.tree.map(errors_by_draw, theirs, exact)
+    assert_within_error_budget(
+        *(jax.tree.map(np.divide, results, units) for results in (ours, theirs, exact))
+    )
+
+
+def errors_by_draw(actual, exact):
+    """Norm of the error of each draw [draws, ...], with as many axes of size 1 as there are."""
+    axes = tuple(range(1, exact.ndim))
+    return np.sqrt(np.sum((actual - exact) ** 2, axis=axes, keepdims=True))
 
 
 SEQUENCE = "MKTAYIAKQRQISFVKSHFS"
