@@ -31,8 +31,8 @@ def use_in_alphafold(
         than AlphaFold-Multimer, `<package>.model.folding_multimer`.
 
     Returns:
-      A context manager; leaving it, or its `close()`, restores what was there before. Of several
-      calls the last is undone first.
+      A context manager; leaving it, or its `close()`, restores what was there before. Undo several
+      calls in reverse order.
 
     Raises:
       ModuleNotFoundError: if there is no such package.
@@ -49,11 +49,15 @@ def use_in_alphafold(
 
 
 def _with_implementation(module_class: type, implementation: str | None) -> type:
-    """A class, so that what AF2's class was a base of can still have one."""
+    """The class, with another default: no partial, as AF2's class can be derived from."""
+    if implementation is None:
+        return module_class
 
     class InvariantPointAttention(module_class):
+        __doc__ = module_class.__doc__
+
         def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, implementation=implementation, **kwargs)
+            super().__init__(*args, **{"implementation": implementation} | kwargs)
 
     return InvariantPointAttention
 

@@ -26,7 +26,7 @@ from ipa_haiku.attention.base import (
 from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
-from ipa_haiku.config import check_config
+from ipa_haiku.config import as_config
 from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 from ipa_haiku.quat_affine import QuatAffine
 
@@ -71,8 +71,7 @@ class BaseInvariantPointAttention(hk.Module):
           ValueError: if a size in `config` is missing or not a positive integer.
         """
         super().__init__(name=name)
-        check_config(config)
-        self.config = config
+        self.config = as_config(config)
         self.global_config = global_config
         self._zero_init = True if global_config is None else global_config.zero_init
         self._dist_epsilon = dist_epsilon

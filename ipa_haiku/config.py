@@ -43,7 +43,9 @@ class IPAConfig:
     num_channel: int = 384
 
     def __post_init__(self) -> None:
-        check_config(self)
+        for name in _SIZES:
+            size = positive_integer(f"config.{name}", getattr(self, name))
+            object.__setattr__(self, name, size)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Self:
@@ -69,8 +71,8 @@ class IPAConfig:
             raise ValueError(f"[ipa] in {os.fspath(path)}: {error}") from error
 
 
-def check_config(config: Any) -> None:
-    """Checks that `config` has every size of `IPAConfig` as a positive integer.
+def as_config(config: Any) -> IPAConfig:
+    """The sizes among the attributes of `config`, such as AF2's.
 
     Raises:
       ValueError: naming the size that is missing or not a positive integer.
@@ -81,19 +83,20 @@ def check_config(config: Any) -> None:
                 f"config must have the attribute {name}, as `IPAConfig` has, got a "
                 f"{type(config).__name__}."
             )
-        check_positive_integer(f"config.{name}", getattr(config, name))
+    return IPAConfig(**{name: getattr(config, name) for name in _SIZES})
 
 
-def check_positive_integer(name: str, value: Any, least: int = 1) -> None:
-    """Checks that a value is an integer, Python's or NumPy's, and not too small.
+def positive_integer(name: str, value: Any, least: int = 1) -> int:
+    """`value`, an integer of Python, NumPy or JAX, as one of Python.
 
     Raises:
-      ValueError: naming it.
+      ValueError: naming it, if it is anything else or less than `least`.
     """
     kind = "a positive integer" if least == 1 else f"an integer, at least {least}"
     try:
-        is_size = not isinstance(value, bool) and operator.index(value) >= least
+        size = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        is_size = False
-    if not is_size:
+        size = 0
+    if size < least:
         raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    return size

@@ -57,8 +57,10 @@ def _as_pair(affine: Any, name: str) -> tuple[jax.Array, jax.Array]:
     if hasattr(rotation, "xx") and hasattr(translation, "x"):
         rows = [[getattr(rotation, row + column) for column in "xyz"] for row in "xyz"]
         return _stack(rows, [getattr(translation, axis) for axis in "xyz"], name)
-    hint = "; QuatAffine.from_tensor makes frames of [..., 7]" if hasattr(affine, "shape") else ""
-    raise TypeError(f"{name} {_ACCEPTED}{type(affine).__name__}{hint}.")
+    shape = getattr(affine, "shape", None)
+    got = type(affine).__name__ + ("" if shape is None else f" of shape {shape}")
+    hint = " `QuatAffine.from_tensor` makes frames of that." if (shape or ())[-1:] == (7,) else ""
+    raise TypeError(f"{name} {_ACCEPTED}{got}.{hint}")
 
 
 def _stack(

@@ -107,7 +107,7 @@ def test_an_unknown_implementation_is_refused(good):
 
 @pytest.mark.parametrize("name", ["query_block", "memory_budget"])
 def test_sizes_are_positive_integers(name, good):
-    for bad in (0, True, 1.5):
+    for bad in (0, True, 1.5) + (None,) * (name == "memory_budget"):
         assert_refused(good, f"{name} must be a positive integer", ValueError, **{name: bad})
     jax.eval_shape(
         lambda: invariant_point_attention(

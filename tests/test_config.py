@@ -1,14 +1,16 @@
 """Sizes: read from configs/*.toml, and refused where they are no sizes."""
 
 import dataclasses
+import types
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from alphafold.model import config as af2_config
 
 from ipa_haiku import IPAConfig
-from ipa_haiku.config import check_config
+from ipa_haiku.config import as_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = [field.name for field in dataclasses.fields(IPAConfig)]
@@ -45,13 +47,17 @@ def test_what_is_no_size_is_named(name, value):
         IPAConfig(**{name: value})
 
 
-def test_a_size_may_be_numpys():
-    assert IPAConfig(num_head=np.int64(8)) == IPAConfig(num_head=8)
+@pytest.mark.parametrize("make", [np.int64, np.uint8, np.array, jnp.array])
+def test_any_integer_becomes_pythons(make):
+    config = as_config(types.SimpleNamespace(**dict.fromkeys(SIZES, make(8))))
+    assert config == IPAConfig(*6 * [8])
+    assert isinstance(hash(config), int)
+    assert all(type(size) is int for size in dataclasses.astuple(config))
 
 
 def test_what_has_no_sizes_is_named():
     with pytest.raises(ValueError, match=r"config must have the attribute num_head, .* got a dict"):
-        check_config(dataclasses.asdict(IPAConfig()))
+        as_config(dataclasses.asdict(IPAConfig()))
 
 
 GOOD = dict.fromkeys(SIZES, 1)

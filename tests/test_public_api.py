@@ -57,6 +57,6 @@ def test_the_core_knows_neither_haiku_nor_frames(path):
         elif isinstance(node, ast.ImportFrom):
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in imported if name.startswith("ipa_haiku")}
-    allowed = ("ipa_haiku.attention", "ipa_haiku.pair", "ipa_haiku.config.check_positive_integer")
+    allowed = ("ipa_haiku.attention", "ipa_haiku.pair", "ipa_haiku.config.positive_integer")
     assert all(name.startswith(allowed) for name in ours)
     assert not any(name.split(".")[0] in ("haiku", "flax", "alphafold") for name in imported)

@@ -1,6 +1,7 @@
 """Any frames object becomes the same two arrays; points move between frames with AF2's bits."""
 
 import functools
+import re
 import types
 
 import jax
@@ -122,9 +123,11 @@ def test_other_objects_are_refused(affine):
         rigid.to_rotation_translation(affine)
 
 
-def test_af2s_seven_numbers_are_told_what_makes_frames_of_them():
-    with pytest.raises(TypeError, match=r"got .*QuatAffine\.from_tensor makes frames"):
-        rigid.to_rotation_translation(jnp.zeros((5, 7)))
+@pytest.mark.parametrize("shape", [(5, 7), (5, 4, 4), (5, 3, 3), ()])
+def test_af2s_seven_numbers_are_told_what_makes_frames_of_them(shape):
+    with pytest.raises(TypeError, match=re.escape(f"of shape {shape}.")) as error:
+        rigid.to_rotation_translation(jnp.zeros(shape))
+    assert ("QuatAffine.from_tensor" in str(error.value)) == (shape == (5, 7))
 
 
 R, T = random_frames(6)

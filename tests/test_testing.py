@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import assert_draws_within_error_budget
 
 from ipa_haiku import QuatAffine
 from ipa_haiku.quat_affine import rot_list_to_tensor, vec_list_to_tensor
@@ -251,3 +252,28 @@ def test_nothing_to_compare_fails():
 def test_a_reference_that_is_not_finite_is_no_measure(value):
     with pytest.raises(AssertionError, match="the reference by"):
         assert_within_error_budget(np.ones(3), np.full(3, value), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (np.ones(12), None),
+        (1.5 * np.ones(12), None),
+        (3.0 * np.ones(12), "error over 2 times"),
+        (np.where(np.arange(12) == 3, 30.0, 1.0), "error over 4 times"),
+    ],
+    ids=["equal", "within", "all_worse", "one_far_worse"],
+)
+def test_draws_of_unequal_conditioning(factors, message):
+    rng = np.random.default_rng(0)
+    exact = {"x": rng.normal(size=(12, 5, 3)), "zero": np.zeros((12, 4))}
+    scale = 1e-6 * np.where(np.arange(12) % 4 == 3, 20.0, 1.0)[:, None, None]
+    # Errors of few numbers, as of one badly conditioned angle, are large and small by chance.
+    noise = rng.normal(size=(2, 12, 5, 1)) * scale
+    reference = exact | {"x": exact["x"] + noise[0]}
+    fast = exact | {"x": exact["x"] + noise[1] * factors[:, None, None]}
+    if message is None:
+        assert_draws_within_error_budget(fast, reference, exact)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            assert_draws_within_error_budget(fast, reference, exact)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ipa_haiku.attention import pallas_triton, reference, streaming, xla
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, at_center, check_inputs
 from ipa_haiku.attention.sharding import RowSharding
-from ipa_haiku.config import check_positive_integer
+from ipa_haiku.config import positive_integer
 from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 
 IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
@@ -82,9 +82,9 @@ def select_implementation(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, "
             f"got {implementation!r}."
         )
-    for name, value in (("query_block", query_block), ("memory_budget", memory_budget)):
-        if value is not None:
-            check_positive_integer(name, value)
+    memory_budget = positive_integer("memory_budget", memory_budget)
+    if query_block is not None:
+        query_block = positive_integer("query_block", query_block)
     if len(shape) < 3:
         raise ValueError(f"shape must be [..., H, Nq, Nk], got {shape}.")
 

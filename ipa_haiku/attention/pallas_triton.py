@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, for_each_protein
-from ipa_haiku.config import check_positive_integer
+from ipa_haiku.config import positive_integer
 
 # Rows and columns that a tensor core takes at least.
 LEAST_BLOCK = 16
@@ -76,8 +76,8 @@ class Config:
         least = dict.fromkeys(("forward_block", "backward_block", "tile"), LEAST_BLOCK)
         least["num_warps"] = 1
         for name, size in (least | {"num_stages": 1}).items():
-            value = getattr(self, name)
-            check_positive_integer(name, value, least=size)
+            value = positive_integer(name, getattr(self, name), least=size)
+            object.__setattr__(self, name, value)
             if name in least and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}.")
 
