@@ -12,7 +12,7 @@ from ipa_haiku.attention.base import IPAInputs, widen
 BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
 
 # XLA:CPU reads memory once for all products of a block of this size: it stays in a cache.
-_CACHED_BYTES = 2 * 2**20
+_CACHED_BYTES = 4 * 2**20
 
 
 def by_rows(
@@ -31,8 +31,8 @@ def by_rows(
       inputs: the arguments of one protein.
       query_block: how many rows at a time; CPUs take fewer.
       axes: of the rows in each array that `compute` returns.
-      at_once: how many blocks a step of the loop takes on CPUs, each of as many times the bytes.
-        They depend on nothing of each other, so cores may share them.
+      at_once: how many blocks a step of the loop takes on CPUs. They depend on nothing of each
+        other, so cores may share them.
       fill: a number that the loop on CPUs finds where it puts its results. It is in none of them,
         but until it is known, no core writes it.
 
@@ -69,7 +69,7 @@ def by_rows(
 def _cached_rows(inputs: IPAInputs, at_once: int) -> int:
     """Rows of a block that a cache holds: about equally many in each, or all."""
     bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
-    most = max(at_once * _CACHED_BYTES // bytes_per_row, 1)
+    most = max(_CACHED_BYTES // bytes_per_row, 1)
     if most >= inputs.num_query:
         return inputs.num_query
     num_step = num_block(most * at_once, inputs.num_query)
