@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.cases import Model
 from ipa_haiku import FactorizedPair, InvariantPointAttention, QuatAffine
@@ -48,41 +49,61 @@ def make_problem(what: str, model: Model, n: int, dtype: str, key: jax.Array) ->
 
 
 def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
-    ipa, keys = model.ipa, iter(jax.random.split(key, 16))
+    ipa, keys = model.ipa, jax.random.split(key, 3)
 
-    def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape, dtype)
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    frames = random_frames(next(keys), n, position_scale=model.position_scale)
-
-    def points(count: int) -> jax.Array:
-        local = jax.random.normal(next(keys), (n, ipa.num_head, count, 3))
-        components = [local[..., i] for i in range(3)]
-        return jnp.stack(frames.apply_to_point(components, extra_dims=2), axis=-1)
+    def points(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, ipa.num_head, count, 3), jnp.float32)
 
     head_and_qk = (n, ipa.num_head, ipa.num_scalar_qk)
-    differentiable = {
-        "q_scalar": normal(*head_and_qk),
-        "k_scalar": normal(*head_and_qk),
-        "v_scalar": normal(n, ipa.num_head, ipa.num_scalar_v),
-        "q_point": points(ipa.num_point_qk),
-        "k_point": points(ipa.num_point_qk),
-        "v_point": points(ipa.num_point_v),
-        "inputs_2d": _pair(model, n, dtype, next(keys)),
-        # Together, as the gradient of the bias is zero but for rounding: softmax cancels it.
-        "weights": {
-            "pair_weights": normal(model.pair_channel, ipa.num_head) / model.pair_channel**0.5,
-            "pair_bias": normal(ipa.num_head),
-            # The monomer's scale of squared distances (Suppl. Alg. 22, line 7) at softplus(w) = 1.
-            "point_weights": jnp.full(ipa.num_head, (3 * ipa.num_point_qk * 4.5) ** -0.5),
-        },
-    }
-    cotangent = {
-        "scalar": normal(n, ipa.num_head, ipa.num_scalar_v),
-        "point": jax.random.normal(next(keys), (n, ipa.num_head, ipa.num_point_v, 3)),
-        "pair": normal(n, ipa.num_head, model.pair_channel),
-    }
+    differentiable, cotangent = _normals(
+        (
+            {
+                "q_scalar": array(*head_and_qk),
+                "k_scalar": array(*head_and_qk),
+                "v_scalar": array(n, ipa.num_head, ipa.num_scalar_v),
+                "q_point": points(ipa.num_point_qk),
+                "k_point": points(ipa.num_point_qk),
+                "v_point": points(ipa.num_point_v),
+                # Together, as the bias's gradient is zero but for rounding: softmax cancels it.
+                "weights": {
+                    "pair_weights": array(model.pair_channel, ipa.num_head),
+                    "pair_bias": array(ipa.num_head),
+                },
+            },
+            {
+                "scalar": array(n, ipa.num_head, ipa.num_scalar_v),
+                "point": points(ipa.num_point_v),
+                "pair": array(n, ipa.num_head, model.pair_channel),
+            },
+        ),
+        keys[0],
+    )
+    frames = random_frames(keys[1], n, position_scale=model.position_scale)
+    for name in ("q_point", "k_point", "v_point"):
+        components = [differentiable[name][..., i] for i in range(3)]
+        moved = frames.apply_to_point(components, extra_dims=2)
+        differentiable[name] = jnp.stack(moved, axis=-1)
+    differentiable["inputs_2d"] = _pair(model, n, dtype, keys[2])
+    weights = differentiable["weights"]
+    weights["pair_weights"] /= model.pair_channel**0.5
+    # The monomer's scale of squared distances (Suppl. Alg. 22, line 7) at softplus(w) = 1.
+    weights["point_weights"] = jnp.full(ipa.num_head, (3 * ipa.num_point_qk * 4.5) ** -0.5)
     return Problem(differentiable, {"mask": jnp.ones(n)}, cotangent)
+
+
+def _normals(shapes: Any, key: jax.Array) -> Any:
+    """Normal numbers for a pytree of shapes and dtypes, all from one draw.
+
+    XLA compiles each draw anew: 16 of them take seven times as long to compile as this.
+    """
+    leaves, structure = jax.tree.flatten(shapes)
+    ends = np.cumsum([x.size for x in leaves])
+    parts = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+    arrays = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, leaves)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array | FactorizedPair:
@@ -100,20 +121,29 @@ def core_scales(model: Model) -> LogitScales:
 
 
 def _module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
-    keys = jax.random.split(key, 5)
-    frames = random_frames(keys[0], n, position_scale=model.position_scale)
+    keys = jax.random.split(key, 4)
+    inputs_1d, cotangent = _normals(
+        (
+            jax.ShapeDtypeStruct((n, model.single_channel), dtype),
+            jax.ShapeDtypeStruct((n, model.ipa.num_channel), dtype),
+        ),
+        keys[0],
+    )
+    frames = random_frames(keys[1], n, position_scale=model.position_scale)
     differentiable = {
-        "parameters": module_parameters(model, dtype, keys[1]),
-        "inputs_1d": jax.random.normal(keys[2], (n, model.single_channel), dtype),
+        "parameters": module_parameters(model, dtype, keys[2]),
+        "inputs_1d": inputs_1d,
         "inputs_2d": _pair(model, n, dtype, keys[3]),
         "affine": frames.to_tensor(),
     }
-    cotangent = jax.random.normal(keys[4], (n, model.ipa.num_channel), dtype)
     return Problem(differentiable, {"mask": jnp.ones((n, 1))}, cotangent)
 
 
 def module_parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Params:
-    """Initial parameters of the monomer module for activations of type `dtype`."""
+    """Parameters of the monomer module for activations of type `dtype`.
+
+    As AF2 initialises them, but that normal numbers are not cut off: all weights are one draw.
+    """
 
     def call(inputs_1d: jax.Array, inputs_2d: jax.Array) -> Any:
         module = InvariantPointAttention(model.ipa, GLOBAL_CONFIG, implementation="reference")
@@ -122,7 +152,12 @@ def module_parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Para
     # One residue is enough: no parameter depends on N.
     inputs_1d = jnp.zeros((1, model.single_channel), dtype)
     inputs_2d = jnp.zeros((1, 1, model.pair_channel), dtype)
-    return hk.transform(call).init(key, inputs_1d, inputs_2d)
+    initial = hk.transform(call).init(key, inputs_1d, inputs_2d)
+    return jax.tree.map(
+        lambda x, normal: normal / len(x) ** 0.5 if x.ndim > 1 else x,
+        initial,
+        _normals(initial, key),
+    )
 
 
 def _structure_module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import ANYWHERE
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,7 +75,12 @@ def core(**options):
 
 @pytest.mark.parametrize(
     ("n", "axis_type"),
-    [(64, AxisType.Auto), (64, AxisType.Explicit), (100, AxisType.Explicit), (257, AxisType.Auto)],
+    [
+        pytest.param(64, AxisType.Auto, marks=pytest.mark.slow),
+        (64, AxisType.Explicit),
+        (100, AxisType.Explicit),
+        (257, AxisType.Auto),
+    ],
 )
 def test_core_equals_one_device(n, axis_type, sizes_of, make_core_inputs):
     mesh = make_mesh(axis_type=axis_type)
@@ -123,7 +127,8 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"implementation": name} for name in ANYWHERE),
+        pytest.param({"implementation": "reference"}, marks=pytest.mark.slow),
+        {"implementation": "xla"},
         {"query_block": 2},
         pytest.param(
             {

@@ -112,9 +112,19 @@ def test_every_candidate_computes_the_reference(what, modes, implementations, pe
     assert found.missing == []
 
 
-@pytest.mark.parametrize("what", ["core", pytest.param("module", marks=pytest.mark.slow)])
-def test_factors_are_measured_beside_their_array(what):
-    found = _run(sizes=(5,), what=(what,), pair_rank=2, peers=(), implementations=("xla",))
+@pytest.mark.parametrize(
+    ("what", "mode"),
+    [
+        ("core", "forward"),
+        pytest.param("core", "grad", marks=pytest.mark.slow),
+        pytest.param("module", "forward", marks=pytest.mark.slow),
+        pytest.param("module", "grad", marks=pytest.mark.slow),
+    ],
+)
+def test_factors_are_measured_beside_their_array(what, mode):
+    found = _run(
+        sizes=(5,), what=(what,), modes=(mode,), pair_rank=2, peers=(), implementations=("xla",)
+    )
     rows = {(row.mode, row.implementation): row for row in found.rows}
     assert {name for _, name in rows} == {"xla", "xla_array"}
     for row in rows.values():
@@ -303,7 +313,8 @@ def no_demonstration(monkeypatch):
     )
 
 
-def test_program_measures_and_writes(no_demonstration, tmp_path, capsys):
+def test_program_measures_and_writes(no_demonstration, peer_that, tmp_path, capsys):
+    peer_that()
     options = "--model tiny --sizes 4 --what core --peers none --repeats 2 --out"
     path = tmp_path / "x.json"
     assert main([*options.split(), str(path)]) == 0
@@ -316,8 +327,9 @@ def test_program_measures_and_writes(no_demonstration, tmp_path, capsys):
 
 
 def test_interrupted_program_keeps_what_was_measured(
-    no_demonstration, tmp_path, capsys, monkeypatch
+    no_demonstration, peer_that, tmp_path, capsys, monkeypatch
 ):
+    peer_that()
     calls = itertools.count()
 
     def interrupted(*args, **kwargs):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import ANYWHERE
 
 from ipa_haiku import QuatAffine, folding, folding_multimer
 
@@ -22,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("debug_nans")
 @pytest.fixture(
     scope="module",
     params=[
-        *((folding, {"implementation": name}) for name in ANYWHERE),
+        pytest.param((folding, {"implementation": "reference"}), marks=pytest.mark.slow),
+        (folding, {"implementation": "xla"}),
         pytest.param((folding, {"query_block": 3}), marks=pytest.mark.slow),
         (folding_multimer, {}),
     ],

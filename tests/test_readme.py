@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import haiku as hk
 import jax
+import pytest
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine, weights
 
@@ -13,25 +14,24 @@ README = Path(__file__).parents[1] / "README.md"
 SCOPE = "alphafold/alphafold_iteration/structure_module/fold_iteration/invariant_point_attention"
 
 
-def write_released_layout(path):
+@pytest.fixture
+def released_layout(make_params):
     """Random parameters of a module in the place it has in AlphaFold's files."""
 
     def apply(*inputs):
         return InvariantPointAttention(IPAConfig(), SimpleNamespace(zero_init=False))(*inputs)
 
-    module = hk.transform(apply)
-    key = jax.random.key(0)
     inputs_1d, inputs_2d = jax.numpy.ones((2, 384)), jax.numpy.ones((2, 2, 128))
-    params = jax.jit(module.init)(
-        key, inputs_1d, inputs_2d, inputs_1d[:, :1], QuatAffine.identity(2)
+    params = make_params(
+        hk.transform(apply), inputs_1d, inputs_2d, inputs_1d[:, :1], QuatAffine.identity(2)
     )
-    weights.write_npz(path, weights.rename_scope(params, "invariant_point_attention", SCOPE))
+    return weights.rename_scope(params, "invariant_point_attention", SCOPE)
 
 
-def test_examples_run(tmp_path, monkeypatch):
+def test_examples_run(released_layout, tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(examples) == 7
-    write_released_layout(tmp_path / "params_model_1.npz")
+    weights.write_npz(tmp_path / "params_model_1.npz", released_layout)
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for example in examples:
