@@ -1,4 +1,4 @@
-"""Rows of `inputs_2d` in blocks that a CPU's cache holds: here of a few rows, as 2 MB are many."""
+"""Rows of `inputs_2d` in blocks that a CPU's cache holds: here of a few rows, as 4 MB are many."""
 
 import jax
 import jax.numpy as jnp
