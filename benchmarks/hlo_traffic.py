@@ -1,10 +1,12 @@
 """Bytes that a compiled program's kernels read and write, counted in its optimised HLO.
 
 Every instruction of the schedule is a kernel that reads its operands from memory and writes its
-result there once; what happens inside a fusion stays on the chip. Caches make it less, several
-passes inside a kernel more.
+result there once; what happens inside a fusion stays on the chip. Of an operand that is sliced, the
+slice is read, and of an array in which a slice is replaced in place, the slice is written. Caches
+make it less, several passes inside a kernel more.
 """
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -12,6 +14,14 @@ from typing import NamedTuple
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+
+# Of an operand with as many elements as the result, each is used for one of these.
+_ONE_TO_ONE = {
+    "abs", "add", "and", "bitcast", "bitcast-convert", "compare", "convert", "copy", "cosine",
+    "divide", "exponential", "log", "maximum", "minimum", "multiply", "negate", "not", "or",
+    "power", "reduce-precision", "reshape", "rsqrt", "select", "sine", "sqrt", "subtract", "tanh",
+    "transpose",
 }  # fmt: skip
 
 # These move nothing.
@@ -111,22 +121,68 @@ def _instruction_bytes(
         return int(count[1]) * sum(_computation_bytes(computations, c) for c in called)
     if x.opcode in ("call", "conditional", "async-start"):
         return sum(_computation_bytes(computations, c) for c in called)
+    if x.opcode == "fusion" and called:
+        return _fusion_bytes(computations[called[0]], _replaceable(scope, x))
     operands = [_type_bytes(scope[o].type) for o in x.operands if o in scope]
     if x.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _type_bytes(x.type)
-    if x.opcode == "fusion" and called:
-        sliced = _sliced_parameters(computations[called[0]])
-        operands = [min(size, sliced.get(i, size)) for i, size in enumerate(operands)]
+    if x.opcode == "dynamic-update-slice" and 0 in _replaceable(scope, x):
+        return 2 * operands[1] + sum(operands[2:])
     return sum(operands) + _type_bytes(x.type)
 
 
-def _sliced_parameters(fused: _Computation) -> dict[int, int]:
-    """Bytes read of those parameters of a fusion of which only slices are used."""
-    sliced: dict[int, int] = {}
-    for x in fused.instructions.values():
-        if x.opcode != "parameter":
-            continue
-        users = [y for y in fused.instructions.values() if x.name in y.operands]
-        if users and all(y.opcode in ("dynamic-slice", "slice") for y in users):
-            sliced[int(x.rest.split(")")[0])] = sum(_type_bytes(y.type) for y in users)
-    return sliced
+def _replaceable(scope: dict[str, _Instruction], x: _Instruction) -> set[int]:
+    """Which operands a result may take the place of: no arguments, and nobody else needs them."""
+    uses = collections.Counter(o for y in scope.values() for o in y.operands)
+    return {
+        i
+        for i, o in enumerate(x.operands)
+        if o in scope and scope[o].opcode != "parameter" and uses[o] == 1
+    }
+
+
+def _fusion_bytes(fused: _Computation, replaceable: set[int]) -> int:
+    """Bytes of its parameters that a fusion uses, and of its results that it writes."""
+    instructions = fused.instructions
+    *_, root = instructions.values()
+    results = [instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    in_place = set()
+    for x in results:
+        if x.opcode == "dynamic-update-slice":
+            target = instructions[x.operands[0]]
+            if target.opcode == "parameter" and _parameter_number(target) in replaceable:
+                in_place.add(x.name)
+    written = sum(
+        _type_bytes(instructions[x.operands[1]].type if x.name in in_place else x.type)
+        for x in results
+    )
+    used = _used_bytes(instructions, in_place)
+    return written + sum(used[x.name] for x in instructions.values() if x.opcode == "parameter")
+
+
+def _used_bytes(instructions: dict[str, _Instruction], in_place: set[str]) -> dict[str, int]:
+    """Bytes, at most, of each instruction's result that others use or that are returned."""
+    size = {name: _type_bytes(x.type) for name, x in instructions.items()}
+    width = {name: _element_bytes(x.type) for name, x in instructions.items()}
+    *_, root = instructions
+    used = dict.fromkeys(instructions, 0) | {root: size[root]}
+    for x in reversed(instructions.values()):
+        needed = dict.fromkeys(x.operands, 0)
+        for i, o in enumerate(x.operands):
+            as_many = size[o] // width[o] == size[x.name] // width[x.name]
+            is_sliced = i == 0 and x.opcode in ("dynamic-slice", "slice")
+            if is_sliced or (x.opcode in _ONE_TO_ONE and as_many):
+                needed[o] = max(needed[o], used[x.name] // width[x.name] * width[o])
+            elif i > 0 or x.name not in in_place:
+                needed[o] = size[o]
+        for o, more in needed.items():
+            used[o] = min(size[o], used[o] + more)
+    return used
+
+
+def _element_bytes(type_: str) -> int:
+    return max((_BYTES.get(dtype, 0) for dtype, *_ in _ARRAY.findall(type_)), default=0) or 1
+
+
+def _parameter_number(x: _Instruction) -> int:
+    return int(x.rest.split(")")[0])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ipa_haiku import rigid
+from ipa_haiku.attention import pallas_triton
 from ipa_haiku.attention.api import DEFAULT_MEMORY_BUDGET, attention_core, select_implementation
 from ipa_haiku.attention.base import (
     AttentionTerms,
@@ -23,7 +24,6 @@ from ipa_haiku.attention.base import (
     masked_center,
     segment_center,
 )
-from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.attention.sharding import RowSharding
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import as_config
@@ -48,7 +48,7 @@ class BaseInvariantPointAttention(hk.Module):
         query_block: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         sharding: RowSharding | None = None,
-        kernel_config: Config | None = None,
+        kernel_config: pallas_triton.Config | None = None,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -61,7 +61,8 @@ class BaseInvariantPointAttention(hk.Module):
             it as the smallest norm (units of translation).
           name: Haiku module name.
           implementation: of the attention core, as in `invariant_point_attention`.
-          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`.
+          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. Where the
+            core is 'pallas', the output projection is a kernel if this is None.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
           sharding: over devices, as in `invariant_point_attention`.
@@ -163,17 +164,35 @@ class BaseInvariantPointAttention(hk.Module):
         # By indexing: the gradient of a split moves more memory on GPUs.
         point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
         features = _output_features(result, point_local, self._norm(point_local))
+        output = self._project(features, inputs_1d.dtype, selection.implementation)
+        return output if result.attention is None else (output, result.attention)
+
+    @hk.transparent
+    def _project(self, features: Sequence[jax.Array], dtype: Any, implementation: str) -> jax.Array:
+        """The output projection [..., N, num_channel] (line 11).
+
+        Args:
+          features: [..., N, channels] each.
+          dtype: of `inputs_1d`, and so of new parameters.
+          implementation: of the core.
+        """
         projection = Linear(
             self.config.num_channel,
             initializer="zeros" if self._zero_init else "linear",
             precision=self._precision,
             name="output_projection",
         )
-        # Parameters as wide as inputs_1d; where they are wider, so is what they multiply.
-        like = jax.ShapeDtypeStruct(features.shape, inputs_1d.dtype)
-        dtype = jnp.result_type(inputs_1d, projection.weights_and_bias(like)[0])
-        output = projection(features.astype(dtype))
-        return output if result.attention is None else (output, result.attention)
+        shape = (*features[0].shape[:-1], sum(x.shape[-1] for x in features))
+        weights, bias = projection.weights_and_bias(jax.ShapeDtypeStruct(shape, dtype))
+        assert bias is not None
+        # Where parameters are wider than inputs_1d, so is what they multiply.
+        dtype = jnp.result_type(dtype, weights)
+        features = [x.astype(dtype) for x in features]
+        is_kernel = implementation == "pallas" and jnp.dtype(dtype).itemsize <= 4
+        # A kernel runs on one device, and at the default precision.
+        if is_kernel and self._precision is None and self._sharding is None:
+            return pallas_triton.project(features, weights, bias, config=self._kernel_config)
+        return projection(jnp.concatenate(features, axis=-1))
 
     def _global_points(
         self, frames: QuatAffine, local: Sequence[Sequence[jax.Array]]
@@ -252,8 +271,8 @@ def _check_inputs(
 
 def _output_features(
     result: IPAOutput, point_local: Sequence[jax.Array], norm: jax.Array
-) -> jax.Array:
-    """Concatenates what the output projection reads (line 11): [..., N, H*(Cv + 4*Pv + C_z)].
+) -> list[jax.Array]:
+    """What the output projection reads (line 11), in all [..., N, H*(Cv + 4*Pv + C_z)].
 
     Args:
       result: of the attention core.
@@ -266,4 +285,4 @@ def _output_features(
     parts = [result.scalar, *point_local, norm]
     if result.pair is not None:
         parts.append(result.pair)
-    return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)
+    return [x.reshape(*x.shape[:-2], -1) for x in parts]

@@ -1,5 +1,7 @@
 """A program of its own: the core's gradient by the kernels, for a target and a dtype of inputs_2d.
 
+And the output projection, of features of that dtype.
+
 Prints temporary bytes by case as JSON, null where shared memory is too little; what must be in the
 environment is `cost.environment`'s.
 """
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import cost
 from ipa_haiku import LogitScales, invariant_point_attention
+from ipa_haiku.attention import pallas_triton
 
 N, C, P, PV = 256, 16, 4, 8  # the last two: points of queries and keys, of values
 SCALES = LogitScales(scalar=1.0, pair=1.0)
@@ -56,12 +59,23 @@ def temporary_bytes(
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def temporary_bytes_of_projection(sharding, dtype):
+    shapes = ([(N, width) for width in (12 * C, *[12 * PV] * 4, 12 * 128)], (2112, 384), (384,))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x, dtype, sharding=sharding),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int),
+    )
+    compiled = jax.jit(pallas_triton.project).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def main():
     sharding, context = cost.device(sys.argv[1])
     with context:
-        print(
-            json.dumps({k: temporary_bytes(sharding, sys.argv[2], **v) for k, v in CASES.items()})
-        )
+        result = {k: temporary_bytes(sharding, sys.argv[2], **v) for k, v in CASES.items()}
+        result["projection"] = temporary_bytes_of_projection(sharding, sys.argv[2])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,44 @@ ENTRY %main.3 (x.1: f32[8,4], y.1: f32[4]) -> (f32[8,4], bf16[8]) {
 }
 """
 
+SLICED = """
+%fused (p0: f32[10,4], p1: f32[10,4]) -> f32[2,8] {
+  %p0 = f32[10,4]{1,0} parameter(0)
+  %p1 = f32[10,4]{1,0} parameter(1)
+  %flat = f32[40]{0} bitcast(%p0)
+  %double = f32[40]{0} add(%flat, %flat)
+  %a = f32[8]{0} slice(%double), slice={[0:8]}
+  %b = f32[8]{0} slice(%double), slice={[8:16]}
+  %rows = f32[40]{0} bitcast(%p1)
+  %c = f32[8]{0} slice(%rows), slice={[0:8]}
+  %all = f32[10]{0} reduce(%p1), dimensions={1}, to_apply=%sum
+  ROOT %s = f32[2,8]{1,0} concatenate(%a, %b, %c, %all), dimensions={0}
+}
+
+ENTRY %main (x: f32[10,4], y: f32[10,4]) -> f32[2,8] {
+  %x = f32[10,4]{1,0} parameter(0)
+  %y = f32[10,4]{1,0} parameter(1)
+  ROOT %f = f32[2,8]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused
+}
+"""
+
+REPLACED = """
+%fused (p0: f32[10,4], p1: f32[2,4]) -> f32[10,4] {
+  %p0 = f32[10,4]{1,0} parameter(0)
+  %p1 = f32[2,4]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %negative = f32[2,4]{1,0} negate(%p1)
+  ROOT %d = f32[10,4]{1,0} dynamic-update-slice(%p0, %negative, %zero, %zero)
+}
+
+ENTRY %main (x: f32[10,4], y: f32[2,4]) -> f32[10,4] {
+  %x = f32[10,4]{1,0} parameter(0)
+  %y = f32[2,4]{1,0} parameter(1)
+  %made = f32[10,4]{1,0} custom-call(), custom_call_target="f"
+  ROOT %f = f32[10,4]{1,0} fusion(TARGET, %y), kind=kLoop, calls=%fused
+}
+"""
+
 LOOP = """
 %block (p0: s32[], p1: f32[100,4]) -> f32[10,4] {
   %p0 = s32[] parameter(0)
@@ -66,6 +104,19 @@ def test_kernels_read_operands_and_write_results():
     fusion = 4 * (32 + 4 + 32)
     custom_call = 4 * (32 + 4) + 2 * 8
     assert traffic_bytes(FUSION) == fusion + custom_call
+
+
+def test_of_what_a_fusion_slices_the_slices_are_read():
+    # Both slices of x, which reach it through operations element by element; and all of y.
+    assert traffic_bytes(SLICED) == 4 * (16 + 40 + 16)
+
+
+def test_slices_replaced_in_place_are_written_and_the_rest_is_not():
+    made, slice_ = 4 * 40, 4 * 8
+    assert traffic_bytes(REPLACED.replace("TARGET", "%made")) == made + 2 * slice_
+    # An argument must stay as it is.
+    whole = 2 * 4 * 40 + slice_
+    assert traffic_bytes(REPLACED.replace("TARGET", "%x")) == made + whole
 
 
 def test_loops_count_as_often_as_they_run_and_slices_as_what_they_read():

@@ -154,3 +154,20 @@ def test_the_interpreter_agrees(problem):
     interpreted = attend(config=pallas_triton.Config(interpret=True))
     for x, y in zip(attend()[:3], interpreted[:3]):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("num_residue", [1, 61, 1024])
+def test_error_budget_of_the_projection(num_residue):
+    rng = np.random.default_rng(0)
+    sizes = (192, 96, 96, 96, 96, 1536)
+    features = [rng.normal(size=(num_residue, k)).astype(np.float32) for k in sizes]
+    weights = rng.normal(size=(sum(sizes), 384)).astype(np.float32)
+    bias = rng.normal(size=384).astype(np.float32)
+    exact = np.concatenate(features, axis=-1).astype(np.float64) @ weights + bias
+
+    @jax.jit
+    def one_product(features, weights, bias):
+        return jnp.concatenate(features, axis=-1) @ weights + bias
+
+    actual = jax.jit(pallas_triton.project)(features, weights, bias)
+    assert_within_error_budget(actual, one_product(features, weights, bias), exact)

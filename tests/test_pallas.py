@@ -8,13 +8,21 @@ import os
 import subprocess
 import sys
 
+import haiku as hk
 import jax
 import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ipa_haiku import LogitScales, invariant_point_attention, select_implementation
+from ipa_haiku import (
+    InvariantPointAttention,
+    IPAConfig,
+    LogitScales,
+    QuatAffine,
+    invariant_point_attention,
+    select_implementation,
+)
 from ipa_haiku.attention import pallas_triton
 from ipa_haiku.attention.pallas_triton import Config
 
@@ -76,6 +84,69 @@ def test_masks_and_pair_bias_have_zero_gradients(inputs):
     _, gradients = outputs_and_gradients(inputs, INTERPRET)
     for name in ("pair_bias", "q_mask", "k_mask"):
         assert not np.any(getattr(gradients, name))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "num_channel"),
+    [("float32", (5, 33, 16, 40), 70), ("float32", (1,), 1), ("bfloat16", (48, 20), 33)],
+)
+def test_the_projection_is_that_of_features_side_by_side(dtype, sizes, num_channel):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    arguments = [normal(2, 19, k) for k in sizes], normal(sum(sizes), num_channel)
+    arguments += (normal(num_channel),)
+    cotangent = normal(2, 19, num_channel)
+
+    def concatenated(features, weights, bias):
+        return jnp.concatenate(features, axis=-1) @ weights + bias
+
+    def output_and_gradients(fn, *arguments):
+        output, pull_back = jax.vjp(fn, *arguments)
+        return output, pull_back(cotangent.astype(output.dtype))
+
+    project = functools.partial(pallas_triton.project, config=INTERPRET)
+    actual = output_and_gradients(project, *arguments)
+    assert actual[0].dtype == dtype
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), arguments)
+        exact = jax.device_get(output_and_gradients(concatenated, *wide))
+    tolerance = 10 * EPS if dtype == "float32" else float(jnp.finfo(dtype).eps)
+
+    def assert_close(x, y):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), y, rtol=0, atol=tolerance * np.abs(y).max()
+        )
+
+    jax.tree.map(assert_close, actual, exact)
+
+
+def kernels_of_a_module(dtype="float32", **options):
+    """How many kernels its program has: three of the core, and the output projection."""
+
+    def call(inputs_1d, inputs_2d, mask):
+        module = InvariantPointAttention(IPAConfig(num_head=2, num_channel=8), **options)
+        return module(inputs_1d, inputs_2d, mask, QuatAffine.identity(len(mask)))
+
+    shapes = [jax.ShapeDtypeStruct(x, dtype) for x in ((9, 6), (9, 9, 5), (9, 1))]
+    model = hk.without_apply_rng(hk.transform(call))
+    parameters = jax.eval_shape(model.init, jax.random.key(0), *shapes)
+    return str(jax.make_jaxpr(model.apply)(parameters, *shapes)).count("pallas_call[")
+
+
+@pytest.mark.parametrize(("precision", "num_kernel"), [(None, 4), ("highest", 3)])
+def test_modules_project_by_a_kernel_unless_told_how_precisely(precision, num_kernel):
+    options = {"implementation": "pallas", "kernel_config": INTERPRET, "precision": precision}
+    assert kernels_of_a_module(**options) == num_kernel
+
+
+def test_modules_use_no_kernel_for_float64(pretend):
+    pretend("gpu", 90)
+    assert kernels_of_a_module() == 4
+    with jax.enable_x64(True):
+        assert kernels_of_a_module("float64") == 0
 
 
 def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):

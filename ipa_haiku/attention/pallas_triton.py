@@ -4,8 +4,9 @@
 takes one query row, goes over it in blocks of keys, adds the pair term to the logits of all heads,
 keeps a running softmax and sums the pair output (`pallas_triton_forward`). Kernels over tiles of
 one head (`pallas_triton_tiles`) make the logits [Nq, H, Nk] before, and attention times values
-after. The gradient (`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient
-meanwhile. Every sum has a fixed order: results are the same bits in every run.
+after. One more is the output projection (`pallas_triton_projection`). The gradient
+(`pallas_triton_vjp`) goes over `inputs_2d` once more, and writes its gradient meanwhile. Every sum
+has a fixed order: results are the same bits in every run.
 
 A pass over `inputs_2d` that makes the whole logits itself was tried: four query rows of a program,
 which share what they read of keys, need 1.35 reads of `inputs_2d` in all instead of some 1.5, but
@@ -16,9 +17,9 @@ once for eight rows takes nearly as long as the logits that it saves, and leaves
 where N < 2000.
 
 Pallas's Triton backend is deprecated in favour of Mosaic GPU, which needs Hopper or newer. Moving
-there replaces the files `pallas_triton*.py` and nothing else: `attend`, `unsupported` and `Config`
-are all that is used from outside, and they import Pallas when it is needed, not before. The sums
-and their order can stay. What changes is how data moves: blocks of `inputs_2d` come to shared
+there replaces the files `pallas_triton*.py` and nothing else: `attend`, `project`, `unsupported`
+and `Config` are all that is used from outside, and they import Pallas when it is needed, not
+before. The sums and their order can stay. What changes is how data moves: blocks of `inputs_2d` come to shared
 memory by explicit asynchronous copies (TMA) with barriers in place of masked loads and Triton's own
 pipelining; products become wgmma, whose least block is 64 rows where one query has 12 heads, so
 heads of several queries have to be stacked, or products made block-diagonal; TF32 products in three
@@ -28,6 +29,7 @@ keep the logits of a few queries in, with which the [Nq, H, Nk] arrays need not 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -219,3 +221,35 @@ def attend(
     query_block = min(query_block or inputs.num_query, inputs.num_query)
     attend_one = functools.partial(forward.attend_one, Static(scales, config, query_block))
     return for_each_protein(attend_one, inputs, "pallas")
+
+
+def project(
+    features: Sequence[jax.Array],
+    weights: jax.Array,
+    bias: jax.Array,
+    *,
+    config: Config | None = None,
+) -> jax.Array:
+    """The affine map of features that are not concatenated (Suppl. Alg. 22, line 11).
+
+    Products are as accurate as JAX's default on GPUs, which is TF32 for float32.
+
+    Args:
+      features: [..., K_i] each, of one dtype and the same leading axes.
+      weights: [sum of K_i, num_channel].
+      bias: [num_channel].
+      config: tunables; None for the best known.
+
+    Returns:
+      [..., num_channel] in the dtype of the features.
+
+    Raises:
+      TypeError: under forward-mode differentiation.
+    """
+    from ipa_haiku.attention import pallas_triton_projection as projection
+
+    *batch, _ = features[0].shape
+    parts = [x.reshape(-1, x.shape[-1]) for x in features]
+    weights, bias = (x.astype(parts[0].dtype) for x in (weights, bias))
+    output = projection.project(config or Config(), parts, weights, bias)
+    return output.reshape(*batch, -1)
