@@ -61,8 +61,8 @@ class BaseInvariantPointAttention(hk.Module):
             it as the smallest norm (units of translation).
           name: Haiku module name.
           implementation: of the attention core, as in `invariant_point_attention`.
-          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. Where the
-            core is 'pallas', the output projection is a kernel if this is None.
+          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. With
+            'pallas', the output projection is a kernel if this is None.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
           sharding: over devices, as in `invariant_point_attention`.

@@ -36,6 +36,12 @@ def lower(inputs):
     return jax.jit(value_and_gradient).lower(inputs)
 
 
+def take_two_rows(inputs, monkeypatch):
+    """Makes CPUs take that many rows in a block."""
+    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    monkeypatch.setattr(rows, "_level_2_cache_bytes", lambda: 0)
+
+
 # With and without rows that two blocks share.
 @pytest.mark.parametrize(("num_query", "dtype"), [(9, "float32"), (12, "bfloat16")])
 def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, monkeypatch):
@@ -45,7 +51,7 @@ def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, mon
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         exact = jax.device_get(lower(wide).compile()(wide))
-    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    take_two_rows(inputs, monkeypatch)
     in_blocks = lower(inputs)
     assert "while" not in whole.as_text()
     # The outputs alone, within the gradient, and the gradient.
@@ -74,7 +80,7 @@ def second_derivative(inputs, implementation):
 def test_second_derivatives_in_blocks(num_query, sizes_of, make_core_inputs, monkeypatch):
     inputs = make_core_inputs(sizes_of("tiny"), num_query, 7)
     expected = second_derivative(inputs, "reference")
-    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    take_two_rows(inputs, monkeypatch)
     for x, y in zip(second_derivative(inputs, "xla"), expected):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * jnp.max(jnp.abs(y)))
 
@@ -84,6 +90,25 @@ def test_second_derivatives_of_bfloat16_in_blocks_are_refused(
 ):
     inputs = make_core_inputs(sizes_of("tiny"), 12, 7)
     inputs = inputs._replace(inputs_2d=jnp.asarray(inputs.inputs_2d, "bfloat16"))
-    monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    take_two_rows(inputs, monkeypatch)
     with pytest.raises(TypeError, match="implementation='reference'"):
         second_derivative(inputs, "xla")
+
+
+@pytest.mark.parametrize(("level_2", "in_blocks"), [(0, True), (32 * 2**10, False)])
+def test_what_a_few_level_2_caches_hold_is_taken_whole(
+    level_2, in_blocks, sizes_of, make_core_inputs, monkeypatch
+):
+    inputs = make_core_inputs(sizes_of("tiny"), 12, 7)
+    take_two_rows(inputs, monkeypatch)
+    monkeypatch.setattr(rows, "_level_2_cache_bytes", lambda: level_2)
+    assert ("stablehlo.while" in lower(inputs).as_text()) == in_blocks
+
+
+@pytest.mark.parametrize(("text", "size"), [("512K\n", 512 * 2**10), ("", 0), (None, 0)])
+def test_size_of_the_level_2_cache(text, size, tmp_path, monkeypatch):
+    path = tmp_path / "size"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(rows, "_LEVEL_2_CACHE", path)
+    assert rows._level_2_cache_bytes() == size

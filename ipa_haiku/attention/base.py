@@ -383,15 +383,13 @@ def weighted_squares(weights: jax.Array, q: jax.Array, k: jax.Array) -> jax.Arra
     squares = sum_of_squares(q, k)
     # Not the product: its derivative with respect to weights is that of zero ones, too.
     is_nothing = (weights == 0) & ~(squares < jnp.inf)
-    return in_one_loop(weights * jnp.where(is_nothing, 0.0, squares))
+    return unfused(weights * jnp.where(is_nothing, 0.0, squares))
 
 
-def in_one_loop(x: jax.Array) -> jax.Array:
-    """`x`, made of distances, which XLA:CPU so computes without writing out a part of them.
+def unfused(x: jax.Array) -> jax.Array:
+    """`x`, which XLA:CPU fuses with no product or reduction that takes it.
 
-    It fuses half of a long sum into the matmul or the reduction that takes `x`, and the other half
-    becomes an array, at 3 to 15 times the cost. It fuses neither into a rounding, and this one, to
-    the precision that `x` has, changes nothing.
+    It fuses neither with a rounding, and this one, to the precision that `x` has, changes nothing.
     """
     info = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -19,12 +19,13 @@ where N < 2000.
 Pallas's Triton backend is deprecated in favour of Mosaic GPU, which needs Hopper or newer. Moving
 there replaces the files `pallas_triton*.py` and nothing else: `attend`, `project`, `unsupported`
 and `Config` are all that is used from outside, and they import Pallas when it is needed, not
-before. The sums and their order can stay. What changes is how data moves: blocks of `inputs_2d` come to shared
-memory by explicit asynchronous copies (TMA) with barriers in place of masked loads and Triton's own
-pipelining; products become wgmma, whose least block is 64 rows where one query has 12 heads, so
-heads of several queries have to be stacked, or products made block-diagonal; TF32 products in three
-parts and the cuts of float32 into bfloat16 have to be written out; and there is shared memory to
-keep the logits of a few queries in, with which the [Nq, H, Nk] arrays need not be written at all.
+before. The sums and their order can stay. What changes is how data moves: blocks of `inputs_2d`
+come to shared memory by explicit asynchronous copies (TMA) with barriers in place of masked loads
+and Triton's own pipelining; products become wgmma, whose least block is 64 rows where one query has
+12 heads, so heads of several queries have to be stacked, or products made block-diagonal; TF32
+products in three parts and the cuts of float32 into bfloat16 have to be written out; and there is
+shared memory to keep the logits of a few queries in, with which the [Nq, H, Nk] arrays need not be
+written at all.
 """
 
 import dataclasses

@@ -1,18 +1,23 @@
 """Query rows a block at a time: to bound memory and, on CPUs, to keep `inputs_2d` in a cache."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ipa_haiku.attention.base import IPAInputs, widen
+from ipa_haiku.attention.base import IPAInputs, unfused, widen
 
 # The arguments that have a row for each query.
 BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
 
 # XLA:CPU reads memory once for all products of a block of this size: it stays in a cache.
 _CACHED_BYTES = 4 * 2**20
+
+# Level-2 caches' worth of `inputs_2d` that is not worth taking in blocks.
+_UNCUT_CACHES = 4
+_LEVEL_2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
 def by_rows(
@@ -68,13 +73,31 @@ def by_rows(
 
 def _cached_rows(inputs: IPAInputs, at_once: int) -> int:
     """Rows of a block that a cache holds: about equally many in each, or all."""
-    bytes_per_row = 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
-    most = max(_CACHED_BYTES // bytes_per_row, 1)
-    if most >= inputs.num_query:
+    if is_one_block(inputs):
         return inputs.num_query
+    most = max(_CACHED_BYTES // _bytes_per_row(inputs), 1)
     num_step = num_block(most * at_once, inputs.num_query)
     # A loop of one step, which XLA takes apart, was a quarter slower at N = 128 than one of two.
     return num_block(max(num_step, 2) * at_once, inputs.num_query)
+
+
+def is_one_block(inputs: IPAInputs) -> bool:
+    """Whether CPUs take all rows together."""
+    uncut = max(_CACHED_BYTES, _UNCUT_CACHES * _level_2_cache_bytes())
+    return inputs.num_query * _bytes_per_row(inputs) <= uncut
+
+
+def _bytes_per_row(inputs: IPAInputs) -> int:
+    return 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
+
+
+def _level_2_cache_bytes() -> int:
+    """Of a core of this machine; 0 where the operating system, other than Linux, does not tell."""
+    try:
+        size = _LEVEL_2_CACHE.read_text().strip()
+    except OSError:
+        return 0
+    return 1024 * int(size[:-1]) if size.endswith("K") else 0
 
 
 def num_block(block: int, num_query: int) -> int:
@@ -127,6 +150,16 @@ def _as_one_array(
         return jax.lax.cond(start < inputs.num_query, compute, compute, *args)
 
     return jax.lax.platform_dependent(*args, cpu=conditional, default=compute)
+
+
+def own_array(x: jax.Array) -> jax.Array:
+    """`x`; on CPUs a copy, for one product alone.
+
+    XLA:CPU puts the result of one product where an argument of another was, which then have to run
+    one after the other. And it goes on with other things when it has spread a copy over cores, but
+    not when it has spread a product.
+    """
+    return jax.lax.platform_dependent(x, cpu=unfused, default=lambda x: x)
 
 
 def take_axis(a: jax.Array, start: jax.Array | int, size: int, axis: int = 0) -> jax.Array:
