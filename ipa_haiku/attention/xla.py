@@ -124,33 +124,37 @@ def _forward(
 ) -> tuple[IPAOutput, _Softmax | None]:
     """Outputs, not yet in the dtypes of the inputs, and attention weights without `query_block`."""
     keys = _keys(widen(inputs))
-    first: Any = 0  # where the axis of rows is
-    second: Any = 1
+    in_blocks = static.query_block < inputs.num_query
+    # With a copy of the weights for each, the products with inputs_2d and with values run at once.
+    is_forked = is_one_block(inputs) and not in_blocks and not in_gradient
+    own = own_array if is_forked else lambda weights: weights
 
     def softmax_and_pair(start: jax.Array | int, size: int) -> tuple[_Softmax, jax.Array]:
         x = take_rows(inputs, start, size)
         softmax = _softmax(static, x, keys)
-        weights = jnp.swapaxes(softmax.weights, 0, 1)
-        return softmax, _pair_sums(static, x, own_array(weights) if is_forked else weights)
+        pair = _pair_sums(static, x, own(jnp.swapaxes(softmax.weights, 0, 1)))
+        # In a gradient CPUs are faster with the scale here, else below, outside of the loop.
+        return softmax, _scaled(pair, softmax) if in_gradient else pair
 
-    def outputs(start: jax.Array | int, size: int) -> IPAOutput:
-        return _outputs(inputs, keys, *softmax_and_pair(start, size))
+    def outputs(softmax: _Softmax, pair: jax.Array) -> IPAOutput:
+        pair = pair if in_gradient else _scaled(pair, softmax)
+        return _outputs(inputs, keys, softmax._replace(weights=own(softmax.weights)), pair)
 
-    if static.query_block < inputs.num_query:
-        is_forked = False
+    def outputs_of_rows(start: jax.Array | int, size: int) -> IPAOutput:
+        return outputs(*softmax_and_pair(start, size))
+
+    first: Any = 0  # where the axis of rows is
+    second: Any = 1
+    if in_blocks:
         axes: Any = IPAOutput(first, first, first)
-        return by_rows(outputs, inputs, static.query_block, axes), None
-
-    # With a copy of the weights for each, the products with inputs_2d and with values run at once.
-    is_forked = is_one_block(inputs) and not in_gradient
+        return by_rows(outputs_of_rows, inputs, static.query_block, axes), None
     # Two blocks at once were no faster within a gradient, and would take longer to compile. In it,
     # zeros would be written by the core that first writes those of the gradient of inputs_2d, and
     # the loop would wait for both.
     options: Any = {"fill": keys.value[0, 0, 0]} if in_gradient else {"at_once": 2}
     axes = (_Softmax(second, second), first)
     softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes, **options)
-    own = softmax._replace(weights=own_array(softmax.weights)) if is_forked else softmax
-    return _outputs(inputs, keys, own, pair), softmax
+    return outputs(softmax, pair), softmax
 
 
 def _attend_bwd(static: _Static, residuals: tuple, cotangent: IPAOutput) -> tuple[IPAInputs]:
@@ -202,21 +206,22 @@ def _coordinates(points: jax.Array) -> jax.Array:
 
 
 def _pair_sums(static: _Static, x: IPAInputs, weights: jax.Array) -> jax.Array:
-    """Pair output [Nq, H, C_z] of the queries of x (line 9), but for the softmax's scale.
-
-    Takes weights [Nq, H, Nk].
-    """
+    """Sums of inputs_2d [Nq, H, C_z] with weights [Nq, H, Nk] (line 9)."""
     return jnp.einsum("qhk,qkc->qhc", weights, x.inputs_2d, precision=static.precision)
 
 
+def _scaled(sums: jax.Array, softmax: _Softmax) -> jax.Array:
+    """Sums over keys [Nq, H, c] with weights, as sums with attention weights."""
+    return softmax.scale.T[..., None] * sums
+
+
 def _outputs(inputs: IPAInputs, keys: _Keys, softmax: _Softmax, pair: jax.Array) -> IPAOutput:
-    """All outputs (lines 8 to 10), those of pairs from `_pair_sums`."""
-    scale = softmax.scale.T[..., None]
+    """The pair output with those of scalars and points (lines 8 and 10)."""
     # Twice as fast on a CPU as the einsum that gives [Nq, H, Cv + Pv*3] right away.
     value = jnp.matmul(softmax.weights, jnp.swapaxes(keys.value, 0, 1), precision=_HIGHEST)
-    value = scale * jnp.swapaxes(value, 0, 1)
+    value = _scaled(jnp.swapaxes(value, 0, 1), softmax)
     scalar, point = jnp.split(value, [inputs.v_scalar.shape[-1]], axis=-1)
-    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), scale * pair)
+    return IPAOutput(scalar, point.reshape(*point.shape[:2], -1, 3), pair)
 
 
 def _backward(
