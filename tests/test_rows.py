@@ -105,6 +105,25 @@ def test_what_a_few_level_2_caches_hold_is_taken_whole(
     assert ("stablehlo.while" in lower(inputs).as_text()) == in_blocks
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_gradient_of_inputs_2d_is_one_product(
+    dtype, sizes_of, make_core_inputs, monkeypatch
+):
+    inputs = make_core_inputs(sizes_of("tiny"), 12, 7)
+    inputs = inputs._replace(inputs_2d=jnp.asarray(inputs.inputs_2d, dtype))
+    take_two_rows(inputs, monkeypatch)
+    in_blocks = lower(inputs)
+    monkeypatch.setattr(rows, "_LARGE_RESULT_BYTES", 0)
+    assert lower(inputs).as_text() == in_blocks.as_text()  # not on cores with small caches
+    monkeypatch.setattr(rows, "_LARGE_LEVEL_2_BYTES", 0)
+    whole = lower(inputs)
+    assert (whole.as_text() != in_blocks.as_text()) == (dtype == "float32")
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
+        exact = jax.device_get(lower(wide).compile()(wide))
+    assert_within_error_budget(whole.compile()(inputs), in_blocks.compile()(inputs), exact)
+
+
 @pytest.mark.parametrize(("text", "size"), [("512K\n", 512 * 2**10), ("", 0), (None, 0)])
 def test_size_of_the_level_2_cache(text, size, tmp_path, monkeypatch):
     path = tmp_path / "size"

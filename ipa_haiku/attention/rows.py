@@ -17,6 +17,10 @@ _CACHED_BYTES = 4 * 2**20
 
 # Level-2 caches' worth of `inputs_2d` that is not worth taking in blocks.
 _UNCUT_CACHES = 4
+
+_LARGE_RESULT_BYTES = 96 * 2**20
+_LARGE_LEVEL_2_BYTES = 2 * 2**20  # as Intel's servers have since 2023; AMD's have 0.5 or 1 MB
+
 _LEVEL_2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
@@ -85,6 +89,17 @@ def is_one_block(inputs: IPAInputs) -> bool:
     """Whether CPUs take all rows together."""
     uncut = max(_CACHED_BYTES, _UNCUT_CACHES * _level_2_cache_bytes())
     return inputs.num_query * _bytes_per_row(inputs) <= uncut
+
+
+def is_large_result(inputs: IPAInputs) -> bool:
+    """Whether CPUs make the gradient of `inputs_2d` as one product, rather than in blocks.
+
+    An array for blocks is filled with zeros before, and each is copied into it. From some size on
+    that costs more than it saves, but only on cores with large caches.
+    """
+    is_float32 = inputs.inputs_2d.dtype == inputs.logits_dtype  # else one product is a wide array
+    is_large = inputs.num_query * _bytes_per_row(inputs) >= _LARGE_RESULT_BYTES
+    return is_float32 and is_large and _level_2_cache_bytes() >= _LARGE_LEVEL_2_BYTES
 
 
 def _bytes_per_row(inputs: IPAInputs) -> int:

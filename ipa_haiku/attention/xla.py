@@ -36,6 +36,7 @@ from ipa_haiku.attention.rows import (
     BY_ROW,
     block_start,
     by_rows,
+    is_large_result,
     is_one_block,
     narrow_rows,
     num_block,
@@ -148,12 +149,13 @@ def _forward(
     if in_blocks:
         axes: Any = IPAOutput(first, first, first)
         return by_rows(outputs_of_rows, inputs, static.query_block, axes), None
-    # Two blocks at once were no faster within a gradient, and would take longer to compile. In it,
-    # zeros would be written by the core that first writes those of the gradient of inputs_2d, and
-    # the loop would wait for both.
-    options: Any = {"fill": keys.value[0, 0, 0]} if in_gradient else {"at_once": 2}
+    # In a gradient, zeros would be written by the core that first writes those of the gradient of
+    # inputs_2d, and the loop would wait for both.
+    fill = keys.value[0, 0, 0] if in_gradient else 0
     axes = (_Softmax(second, second), first)
-    softmax, pair = by_rows(softmax_and_pair, inputs, static.query_block, axes, **options)
+    softmax, pair = by_rows(
+        softmax_and_pair, inputs, static.query_block, axes, at_once=2, fill=fill
+    )
     return outputs(softmax, pair), softmax
 
 
@@ -236,10 +238,15 @@ def _backward(
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
-    dinputs_2d, sums_of_squares = by_rows(
-        functools.partial(_backward_rows, static, inputs, attention, cotangent.pair, dlogits),
-        inputs, inputs.num_query, axes=(0, 1),
-    )  # fmt: skip
+    d2d = functools.partial(_dinputs_2d, static, inputs, attention, cotangent.pair, dlogits)
+    squares = functools.partial(_sums_of_squares, inputs, attention, dlogits)
+    if is_large_result(inputs):
+        dinputs_2d = d2d(0, inputs.num_query)
+        sums = by_rows(squares, inputs, inputs.num_query, 1)
+    else:
+        dinputs_2d, sums = by_rows(
+            lambda *rows: (d2d(*rows), squares(*rows)), inputs, inputs.num_query, (0, 1)
+        )
     return IPAInputs(
         v_scalar=dv_scalar,
         v_point=dv_point.reshape(x.v_point.shape),
@@ -247,7 +254,7 @@ def _backward(
         pair_weights=pair_scale * jnp.sum(dpair, axis=0).T,
         # Shifts all logits of a row alike, so the softmax does not see it.
         pair_bias=jnp.zeros_like(x.pair_bias),
-        point_weights=-0.5 * jnp.sum(sums_of_squares, axis=-1),
+        point_weights=-0.5 * jnp.sum(sums, axis=-1),
         q_mask=jnp.zeros_like(x.q_mask),
         k_mask=jnp.zeros_like(x.k_mask),
         **_backward_queries_and_keys(static, x, dlogits),
@@ -292,7 +299,7 @@ def _backward_logits(
     return by_rows(rows, inputs, inputs.num_query, (1, 0))  # never all of inputs_2d in float32
 
 
-def _backward_rows(
+def _dinputs_2d(
     static: _Static,
     inputs: IPAInputs,
     attention: _Attention,
@@ -300,21 +307,30 @@ def _backward_rows(
     dlogits: jax.Array,
     start: jax.Array | int,
     size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Of some rows, d(inputs_2d) [q, Nk, C_z] and the sums of dlogits * |Q - K|^2 [H, q]."""
-    x = widen(inputs)
+) -> jax.Array:
+    """Gradient of some rows of inputs_2d [q, Nk, C_z]."""
     arrays = (*attention.softmax, dlogits)
     weights, scale, dlogits = (take_axis(a, start, size, 1) for a in arrays)
     # d(inputs_2d)_qk = sum_h attention_hqk dpair_qh + dlogits_hqk pair_weights_h, as one product.
     dpair = scale.T[..., None] * take_axis(dpair, start, size)
-    pair_weights = jnp.broadcast_to(static.scales.pair * x.pair_weights.T, dpair.shape)
+    pair_weights = static.scales.pair * widen(inputs).pair_weights.T
     left = jnp.swapaxes(jnp.concatenate([weights, dlogits]), 0, 1)  # [q, 2H, Nk]
-    right = jnp.concatenate([dpair, pair_weights], axis=1)  # [q, 2H, C_z]
+    right = jnp.concatenate([dpair, jnp.broadcast_to(pair_weights, dpair.shape)], axis=1)
     dinputs_2d = jnp.einsum("qgk,qgc->qkc", left, right, precision=static.precision)
+    return narrow_rows(dinputs_2d, inputs, start)
 
-    q_point = take_axis(_coordinates(x.q_point), start, size, 2)
-    squares = weighted_squares(dlogits, q_point, attention.keys.point)
-    return narrow_rows(dinputs_2d, inputs, start), jnp.sum(squares, axis=-1)
+
+def _sums_of_squares(
+    inputs: IPAInputs,
+    attention: _Attention,
+    dlogits: jax.Array,
+    start: jax.Array | int,
+    size: int,
+) -> jax.Array:
+    """Of some rows, the sums over keys of dlogits * |Q - K|^2 [H, q]."""
+    q_point = take_axis(_coordinates(widen(inputs).q_point), start, size, 2)
+    dlogits = take_axis(dlogits, start, size, 1)
+    return jnp.sum(weighted_squares(dlogits, q_point, attention.keys.point), axis=-1)
 
 
 def _backward_queries_and_keys(
