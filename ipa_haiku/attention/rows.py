@@ -1,5 +1,6 @@
 """Query rows a block at a time: to bound memory and, on CPUs, to keep `inputs_2d` in a cache."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ _CACHED_BYTES = 4 * 2**20
 # Level-2 caches' worth of `inputs_2d` that is not worth taking in blocks.
 _UNCUT_CACHES = 4
 
+# Between sizes at which one product was slower (75 MB) and faster (134 MB).
 _LARGE_RESULT_BYTES = 96 * 2**20
-_LARGE_LEVEL_2_BYTES = 2 * 2**20  # as Intel's servers have since 2023; AMD's have 0.5 or 1 MB
 
-_LEVEL_2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+# As Intel's servers have since 2023; AMD's have 0.5 or 1 MB. Nothing was measured with more.
+_LARGE_LEVEL_2_BYTES = 2 * 2**20
+
+_LEVEL_2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2")
 
 
 def by_rows(
@@ -86,7 +90,7 @@ def _cached_rows(inputs: IPAInputs, at_once: int) -> int:
 
 
 def is_one_block(inputs: IPAInputs) -> bool:
-    """Whether CPUs take all rows together."""
+    """Whether CPUs take all rows of one protein together."""
     uncut = max(_CACHED_BYTES, _UNCUT_CACHES * _level_2_cache_bytes())
     return inputs.num_query * _bytes_per_row(inputs) <= uncut
 
@@ -97,22 +101,30 @@ def is_large_result(inputs: IPAInputs) -> bool:
     An array for blocks is filled with zeros before, and each is copied into it. From some size on
     that costs more than it saves, but only on cores with large caches.
     """
-    is_float32 = inputs.inputs_2d.dtype == inputs.logits_dtype  # else one product is a wide array
+    # A narrower one would first be an array of float32.
+    is_as_wide = inputs.inputs_2d.dtype == inputs.logits_dtype
     is_large = inputs.num_query * _bytes_per_row(inputs) >= _LARGE_RESULT_BYTES
-    return is_float32 and is_large and _level_2_cache_bytes() >= _LARGE_LEVEL_2_BYTES
+    return is_as_wide and is_large and _level_2_cache_bytes() >= _LARGE_LEVEL_2_BYTES
 
 
 def _bytes_per_row(inputs: IPAInputs) -> int:
-    return 4 * inputs.num_key * inputs.inputs_2d.shape[-1]
+    """Of `inputs_2d` in float32, or float64."""
+    return inputs.logits_dtype.itemsize * inputs.num_key * inputs.inputs_2d.shape[-1]
 
 
 def _level_2_cache_bytes() -> int:
-    """Of a core of this machine; 0 where the operating system, other than Linux, does not tell."""
+    """Of this machine's first core; 0 where the operating system does not tell, as Linux does.
+
+    Programs for CPUs depend on it, in the order of their sums; those for other devices do not.
+    """
     try:
-        size = _LEVEL_2_CACHE.read_text().strip()
+        level = (_LEVEL_2_CACHE / "level").read_text().strip()
+        size = re.fullmatch(r"(\d+)K", (_LEVEL_2_CACHE / "size").read_text().strip())
     except OSError:
         return 0
-    return 1024 * int(size[:-1]) if size.endswith("K") else 0
+    if level != "2" or size is None:
+        return 0
+    return min(1024 * int(size[1]), _LARGE_LEVEL_2_BYTES)
 
 
 def num_block(block: int, num_query: int) -> int:
@@ -167,14 +179,38 @@ def _as_one_array(
     return jax.lax.platform_dependent(*args, cpu=conditional, default=compute)
 
 
-def own_array(x: jax.Array) -> jax.Array:
-    """`x`; on CPUs a copy, for one product alone.
+def own_array(x: jax.Array, on_cpu: bool) -> jax.Array:
+    """`x`; on CPUs, if asked for, a copy for one product alone.
 
     XLA:CPU puts the result of one product where an argument of another was, which then have to run
     one after the other. And it goes on with other things when it has spread a copy over cores, but
     not when it has spread a product.
     """
-    return jax.lax.platform_dependent(x, cpu=unfused, default=lambda x: x)
+    copy = unfused if on_cpu else _identity
+    return jax.lax.platform_dependent(x, cpu=copy, default=_identity)
+
+
+def _identity(x: jax.Array, *_: Any) -> jax.Array:
+    return x
+
+
+@jax.custom_jvp
+def laid_out(x: jax.Array, number: jax.Array) -> jax.Array:
+    """`x`; on CPUs in memory in the order of its axes.
+
+    XLA:CPU would make a transposition a matter of layout, and a loop over the result load numbers
+    one by one. What a loop carries is laid out in order. This one rounds `x` to the precision that
+    it has, once or never, as `number` says, which the compiler does not know.
+    """
+
+    def carried(x: jax.Array, number: jax.Array) -> jax.Array:
+        count = (number < jnp.inf).astype(jnp.int32)
+        return jax.lax.fori_loop(0, count, lambda _, x: unfused(x), x)
+
+    return jax.lax.platform_dependent(x, number, cpu=carried, default=_identity)
+
+
+laid_out.defjvps(lambda dx, _, *__: dx, None)
 
 
 def take_axis(a: jax.Array, start: jax.Array | int, size: int, axis: int = 0) -> jax.Array:

@@ -38,6 +38,7 @@ from ipa_haiku.attention.rows import (
     by_rows,
     is_large_result,
     is_one_block,
+    laid_out,
     narrow_rows,
     num_block,
     own_array,
@@ -85,8 +86,7 @@ def attend(
 class _Keys(NamedTuple):
     """Of all keys, what the logits and their gradient are made of, laid out for products.
 
-    To be made outside of loops over rows: inside, XLA would make the transpositions layouts, and
-    loops over distances would load coordinates one by one.
+    To be made outside of loops over rows.
     """
 
     scalar: jax.Array  # [H, C, Nk]
@@ -128,7 +128,7 @@ def _forward(
     in_blocks = static.query_block < inputs.num_query
     # With a copy of the weights for each, the products with inputs_2d and with values run at once.
     is_forked = is_one_block(inputs) and not in_blocks and not in_gradient
-    own = own_array if is_forked else lambda weights: weights
+    own = functools.partial(own_array, on_cpu=is_forked)
 
     def softmax_and_pair(start: jax.Array | int, size: int) -> tuple[_Softmax, jax.Array]:
         x = take_rows(inputs, start, size)
@@ -176,7 +176,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _keys(x: IPAInputs) -> _Keys:
     value = jnp.concatenate([x.v_scalar, _flat(x.v_point)], axis=-1)
-    return _Keys(jnp.moveaxis(x.k_scalar, 0, -1), _coordinates(x.k_point), value)
+    point = laid_out(_coordinates(x.k_point), x.point_weights[0])
+    return _Keys(jnp.moveaxis(x.k_scalar, 0, -1), point, value)
 
 
 def _softmax(static: _Static, x: IPAInputs, keys: _Keys) -> _Softmax:
@@ -238,15 +239,7 @@ def _backward(
     dvalue = softmax.scale.T[..., None] * dvalue
     dv = jnp.einsum("hqk,qhc->khc", softmax.weights, dvalue, precision=_HIGHEST)
     dv_scalar, dv_point = jnp.split(dv, [x.v_scalar.shape[-1]], axis=-1)
-    d2d = functools.partial(_dinputs_2d, static, inputs, attention, cotangent.pair, dlogits)
-    squares = functools.partial(_sums_of_squares, inputs, attention, dlogits)
-    if is_large_result(inputs):
-        dinputs_2d = d2d(0, inputs.num_query)
-        sums = by_rows(squares, inputs, inputs.num_query, 1)
-    else:
-        dinputs_2d, sums = by_rows(
-            lambda *rows: (d2d(*rows), squares(*rows)), inputs, inputs.num_query, (0, 1)
-        )
+    dinputs_2d, sums = _dinputs_2d_and_sums(static, inputs, attention, cotangent.pair, dlogits)
     return IPAInputs(
         v_scalar=dv_scalar,
         v_point=dv_point.reshape(x.v_point.shape),
@@ -297,6 +290,28 @@ def _backward_logits(
     if inputs.inputs_2d.dtype == inputs.logits_dtype:
         return rows(0, inputs.num_query)
     return by_rows(rows, inputs, inputs.num_query, (1, 0))  # never all of inputs_2d in float32
+
+
+def _dinputs_2d_and_sums(
+    static: _Static,
+    inputs: IPAInputs,
+    attention: _Attention,
+    dpair: jax.Array,
+    dlogits: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient of inputs_2d [Nq, Nk, C_z], and sums over keys of dlogits * |Q - K|^2 [H, Nq]."""
+    dinputs_2d = functools.partial(_dinputs_2d, static, inputs, attention, dpair, dlogits)
+    squares = functools.partial(_sums_of_squares, inputs, attention, dlogits)
+    num_query = inputs.num_query
+
+    def together() -> tuple[jax.Array, jax.Array]:
+        return by_rows(lambda *rows: (dinputs_2d(*rows), squares(*rows)), inputs, num_query, (0, 1))
+
+    def apart() -> tuple[jax.Array, jax.Array]:
+        return dinputs_2d(0, num_query), by_rows(squares, inputs, num_query, 1)
+
+    cpu = apart if is_large_result(inputs) else together
+    return jax.lax.platform_dependent(cpu=cpu, default=together)
 
 
 def _dinputs_2d(
