@@ -1,6 +1,7 @@
 """What the monomer and the multimer module share: all but projections, scales and the norm."""
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -62,7 +63,9 @@ class BaseInvariantPointAttention(hk.Module):
           name: Haiku module name.
           implementation: of the attention core, as in `invariant_point_attention`.
           precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. With
-            'pallas', the output projection is a kernel if this is None.
+            'pallas', the output projection is a kernel if this and `sharding` are None and no
+            argument or parameter is float64; `hk.intercept_methods` then does not see a call of
+            `output_projection`.
           query_block: rows at a time, as in `invariant_point_attention`.
           memory_budget: in bytes, as in `invariant_point_attention`.
           sharding: over devices, as in `invariant_point_attention`.
@@ -120,7 +123,8 @@ class BaseInvariantPointAttention(hk.Module):
         _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name, segment_ids)
         mask = mask[..., 0]
         *batch, num_residue = mask.shape
-        selection = select_implementation(
+        select = functools.partial(
+            select_implementation,
             (*batch, self.config.num_head, num_residue, num_residue),
             implementation=self._implementation,
             query_block=self._query_block,
@@ -131,7 +135,7 @@ class BaseInvariantPointAttention(hk.Module):
             config=self._kernel_config,
         )
         # Whether that is 'reference' does not depend on a dtype, which is not known yet.
-        is_centered = selection.implementation != "reference"
+        is_centered = select().implementation != "reference"
         if is_centered:
             # Differences of float16 coordinates may be infinite.
             rotation, translation = (
@@ -164,7 +168,8 @@ class BaseInvariantPointAttention(hk.Module):
         # By indexing: the gradient of a split moves more memory on GPUs.
         point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
         features = _output_features(result, point_local, self._norm(point_local))
-        output = self._project(features, inputs_1d.dtype, selection.implementation)
+        implementation = select(dtype=inputs.logits_dtype).implementation
+        output = self._project(features, inputs_1d.dtype, implementation)
         return output if result.attention is None else (output, result.attention)
 
     @hk.transparent
@@ -188,9 +193,10 @@ class BaseInvariantPointAttention(hk.Module):
         # Where parameters are wider than inputs_1d, so is what they multiply.
         dtype = jnp.result_type(dtype, weights)
         features = [x.astype(dtype) for x in features]
-        is_kernel = implementation == "pallas" and jnp.dtype(dtype).itemsize <= 4
+        is_kernel = implementation == "pallas" and dtype != jnp.float64
         # A kernel runs on one device, and at the default precision.
         if is_kernel and self._precision is None and self._sharding is None:
+            weights, bias = weights.astype(dtype), bias.astype(dtype)
             return pallas_triton.project(features, weights, bias, config=self._kernel_config)
         return projection(jnp.concatenate(features, axis=-1))
 

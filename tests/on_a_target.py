@@ -6,6 +6,7 @@ Prints temporary bytes by case as JSON, null where shared memory is too little; 
 environment is `cost.environment`'s.
 """
 
+import functools
 import json
 import sys
 from typing import Any
@@ -59,14 +60,15 @@ def temporary_bytes(
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def temporary_bytes_of_projection(sharding, dtype):
+def temporary_bytes_of_projection(sharding, dtype, config=None):
     shapes = ([(N, width) for width in (12 * C, *[12 * PV] * 4, 12 * 128)], (2112, 384), (384,))
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x, dtype, sharding=sharding),
         shapes,
         is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int),
     )
-    compiled = jax.jit(pallas_triton.project).lower(*arguments).compile()
+    project = functools.partial(pallas_triton.project, config=config)
+    compiled = jax.jit(project).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -74,7 +76,9 @@ def main():
     sharding, context = cost.device(sys.argv[1])
     with context:
         result = {k: temporary_bytes(sharding, sys.argv[2], **v) for k, v in CASES.items()}
-        result["projection"] = temporary_bytes_of_projection(sharding, sys.argv[2])
+        project = functools.partial(temporary_bytes_of_projection, sharding, sys.argv[2])
+        result["projection"] = project()
+        result["projection of many rows"] = project(pallas_triton.Config(tile=128, num_warps=8))
     print(json.dumps(result))
 
 

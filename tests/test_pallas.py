@@ -20,6 +20,7 @@ from ipa_haiku import (
     IPAConfig,
     LogitScales,
     QuatAffine,
+    RowSharding,
     invariant_point_attention,
     select_implementation,
 )
@@ -123,6 +124,25 @@ def test_the_projection_is_that_of_features_side_by_side(dtype, sizes, num_chann
     jax.tree.map(assert_close, actual, exact)
 
 
+def test_the_projection_refuses_what_does_not_fit():
+    features, weights, bias = [jnp.ones((3, 2)), jnp.ones((3, 4))], jnp.ones((6, 5)), jnp.ones(5)
+    project = functools.partial(pallas_triton.project, config=INTERPRET)
+    for name, arguments in {
+        r"features\[1\]": ([features[0], jnp.ones((4, 4))], weights, bias),
+        "weights": (features, jnp.ones((7, 5)), bias),
+        "bias": (features, weights, jnp.ones(6)),
+        r"features\[1\] must be float32": (
+            [features[0], features[1].astype("bfloat16")],
+            weights,
+            bias,
+        ),
+        "weights must be float32": (features, weights.astype("bfloat16"), bias),
+        "bias must be float32": (features, weights, bias.astype("float16")),
+    }.items():
+        with pytest.raises(AssertionError, match=name):
+            project(*arguments)
+
+
 def kernels_of_a_module(dtype="float32", **options):
     """How many kernels its program has: three of the core, and the output projection."""
 
@@ -147,6 +167,13 @@ def test_modules_use_no_kernel_for_float64(pretend):
     assert kernels_of_a_module() == 4
     with jax.enable_x64(True):
         assert kernels_of_a_module("float64") == 0
+        assert kernels_of_a_module("float32") == 0  # the frames are float64 here
+
+
+def test_modules_project_by_no_kernel_over_several_devices():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("rows",))
+    options = {"implementation": "pallas", "kernel_config": INTERPRET}
+    assert kernels_of_a_module(sharding=RowSharding(mesh, "rows"), **options) == 3
 
 
 def test_the_default_is_the_kernels_on_recent_nvidia_gpus(pretend):

@@ -33,10 +33,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, LogitScales, for_each_protein
+from ipa_haiku.attention.base import (
+    IPAInputs,
+    IPAOutput,
+    LogitScales,
+    assert_shape,
+    for_each_protein,
+)
 from ipa_haiku.config import positive_integer
 
 # Rows and columns that a tensor core takes at least.
@@ -59,7 +66,8 @@ class Config:
     Attributes:
       forward_block: keys at a time in that pass.
       backward_block: the same in the gradient, which holds more at a time.
-      tile: queries and keys at a time in kernels that do not touch `inputs_2d`.
+      tile: queries and keys at a time in kernels that do not touch `inputs_2d`; residues at a time
+        in the output projection.
       num_warps: warps of a program.
       num_stages: depth of the pipeline of loads.
       interpret: run in Pallas's interpreter, on any device: for tests, far too slow for use.
@@ -239,18 +247,28 @@ def project(
       features: [..., K_i] each, of one dtype and the same leading axes.
       weights: [sum of K_i, num_channel].
       bias: [num_channel].
-      config: tunables; None for the best known.
+      config: tunables; None for `Config()`.
 
     Returns:
-      [..., num_channel] in the dtype of the features.
+      [..., num_channel] in the dtype that all arguments have.
 
     Raises:
+      AssertionError: naming the argument whose shape or dtype does not fit.
       TypeError: under forward-mode differentiation.
     """
     from ipa_haiku.attention import pallas_triton_projection as projection
 
     *batch, _ = features[0].shape
+    named = {f"features[{i}]": x for i, x in enumerate(features)}
+    for name, x in named.items():
+        assert_shape(name, x, "... K_i", (*batch, None))
+    num_feature = sum(x.shape[-1] for x in features)
+    assert_shape("weights", weights, "K num_channel", (num_feature, None))
+    assert_shape("bias", bias, "num_channel", weights.shape[1:])
+    dtype = features[0].dtype
+    for name, x in (named | {"weights": weights, "bias": bias}).items():
+        message = f"{name} must be {dtype}, as features[0] is, got {x.dtype}"
+        chex.assert_type(x, dtype, custom_message=message)
     parts = [x.reshape(-1, x.shape[-1]) for x in features]
-    weights, bias = (x.astype(parts[0].dtype) for x in (weights, bias))
     output = projection.project(config or Config(), parts, weights, bias)
     return output.reshape(*batch, -1)

@@ -16,6 +16,10 @@ from jax.experimental.pallas import triton as plgpu
 from ipa_haiku.attention.pallas_triton import Config
 from ipa_haiku.attention.pallas_triton_base import call, round_up, tile_mask
 
+# Of a program, whose rows are `config.tile`: what shared memory holds whatever that is.
+_COLUMNS = 64
+_DEPTH = 64
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(
@@ -36,7 +40,7 @@ def project(
     """
     num_row, num_column = len(parts[0]), len(bias)
     sizes = [part.shape[1] for part in parts]
-    rows, columns, depth = config.tile, 2 * config.tile, 2 * config.tile
+    rows, columns, depth = config.tile, _COLUMNS, _DEPTH
 
     def kernel(*refs: Any) -> None:
         *parts, weights, bias, out = refs
