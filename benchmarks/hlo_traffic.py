@@ -28,7 +28,7 @@ _ONE_TO_ONE = {
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "iota"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|branch_computations)=\{?([^,}]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -39,6 +39,7 @@ class UnknownLoopLength(ValueError):
 
 
 class _Instruction(NamedTuple):
+    is_root: bool
     name: str
     type: str
     opcode: str
@@ -49,6 +50,16 @@ class _Instruction(NamedTuple):
 class _Computation(NamedTuple):
     instructions: dict[str, _Instruction]
     is_entry: bool
+
+    @property
+    def root(self) -> _Instruction:
+        """What it returns."""
+        return next(x for x in self.instructions.values() if x.is_root)
+
+    def source(self, name: str) -> _Instruction:
+        """What an instruction is, but for its type."""
+        x = self.instructions[name]
+        return self.source(x.operands[0]) if x.opcode == "bitcast" else x
 
 
 def traffic_bytes(hlo: str) -> int:
@@ -74,10 +85,10 @@ def _parse(hlo: str) -> dict[str, _Computation]:
             current = {}
             computations[header[2]] = _Computation(current, header[1] is not None)
         elif match := _INSTRUCTION.match(line):
-            name, type_, opcode, rest = match.groups()
+            root, name, type_, opcode, rest = match.groups()
             arguments = rest[: _closing_parenthesis(rest)]
             operands = re.findall(r"%([\w.\-]+)", arguments)
-            current[name] = _Instruction(name, type_, opcode, operands, rest)
+            current[name] = _Instruction(root is not None, name, type_, opcode, operands, rest)
     return computations
 
 
@@ -100,12 +111,12 @@ def _type_bytes(type_: str, *, with_fast_memory: bool = False) -> int:
 
 
 def _computation_bytes(computations: dict[str, _Computation], name: str) -> int:
-    instructions = computations[name].instructions
-    return sum(_instruction_bytes(computations, instructions, x) for x in instructions.values())
+    scope = computations[name]
+    return sum(_instruction_bytes(computations, scope, x) for x in scope.instructions.values())
 
 
 def _instruction_bytes(
-    computations: dict[str, _Computation], scope: dict[str, _Instruction], x: _Instruction
+    computations: dict[str, _Computation], scope: _Computation, x: _Instruction
 ) -> int:
     if x.opcode in _FREE or (x.opcode.endswith("-start") and x.opcode != "async-start"):
         return 0
@@ -123,7 +134,7 @@ def _instruction_bytes(
         return sum(_computation_bytes(computations, c) for c in called)
     if x.opcode == "fusion" and called:
         return _fusion_bytes(computations[called[0]], _replaceable(scope, x))
-    operands = [_type_bytes(scope[o].type) for o in x.operands if o in scope]
+    operands = [_type_bytes(scope.instructions[o].type) for o in x.operands]
     if x.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _type_bytes(x.type)
     if x.opcode == "dynamic-update-slice" and 0 in _replaceable(scope, x):
@@ -131,40 +142,40 @@ def _instruction_bytes(
     return sum(operands) + _type_bytes(x.type)
 
 
-def _replaceable(scope: dict[str, _Instruction], x: _Instruction) -> set[int]:
+def _replaceable(scope: _Computation, x: _Instruction) -> set[int]:
     """Which operands a result may take the place of: no arguments, and nobody else needs them."""
-    uses = collections.Counter(o for y in scope.values() for o in y.operands)
+    uses = collections.Counter(o for y in scope.instructions.values() for o in y.operands)
     return {
         i
         for i, o in enumerate(x.operands)
-        if o in scope and scope[o].opcode != "parameter" and uses[o] == 1
+        if scope.source(o).opcode != "parameter" and uses[o] == 1
     }
 
 
 def _fusion_bytes(fused: _Computation, replaceable: set[int]) -> int:
     """Bytes of its parameters that a fusion uses, and of its results that it writes."""
-    instructions = fused.instructions
-    *_, root = instructions.values()
-    results = [instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    instructions, root = fused.instructions, fused.root
+    names = root.operands if root.opcode == "tuple" else [root.name]
+    results = [fused.source(name) for name in names]
     in_place = set()
     for x in results:
         if x.opcode == "dynamic-update-slice":
-            target = instructions[x.operands[0]]
+            target = fused.source(x.operands[0])
             if target.opcode == "parameter" and _parameter_number(target) in replaceable:
                 in_place.add(x.name)
     written = sum(
         _type_bytes(instructions[x.operands[1]].type if x.name in in_place else x.type)
         for x in results
     )
-    used = _used_bytes(instructions, in_place)
+    used = _used_bytes(fused, in_place)
     return written + sum(used[x.name] for x in instructions.values() if x.opcode == "parameter")
 
 
-def _used_bytes(instructions: dict[str, _Instruction], in_place: set[str]) -> dict[str, int]:
+def _used_bytes(fused: _Computation, in_place: set[str]) -> dict[str, int]:
     """Bytes, at most, of each instruction's result that others use or that are returned."""
+    instructions, root = fused.instructions, fused.root.name
     size = {name: _type_bytes(x.type) for name, x in instructions.items()}
     width = {name: _element_bytes(x.type) for name, x in instructions.items()}
-    *_, root = instructions
     used = dict.fromkeys(instructions, 0) | {root: size[root]}
     for x in reversed(instructions.values()):
         needed = dict.fromkeys(x.operands, 0)

@@ -119,6 +119,30 @@ def test_slices_replaced_in_place_are_written_and_the_rest_is_not():
     assert traffic_bytes(REPLACED.replace("TARGET", "%x")) == made + whole
 
 
+def test_slices_are_replaced_in_place_under_another_type():
+    made, slice_ = 4 * 40, 4 * 8
+    text = REPLACED.replace("TARGET", "%made").replace("  ROOT %d = f32[10,4]", "  %d = f32[10,4]")
+    text = text.replace(
+        "%d = f32[10,4]{1,0} dynamic-update-slice(%p0,",
+        "%same = f32[10,4]{1,0} bitcast(%p0)\n  %d = f32[10,4]{1,0} dynamic-update-slice(%same,",
+    )
+    text = text.replace("%zero)\n}", "%zero)\n  ROOT %r = f32[40]{0} bitcast(%d)\n}")
+    assert text.count("bitcast") == 2
+    assert traffic_bytes(text) == made + 2 * slice_
+
+
+def test_an_argument_under_another_type_is_not_replaced():
+    text = REPLACED.replace("TARGET", "%y10").replace(
+        "  %made", "  %y10 = f32[10,4]{1,0} bitcast(%x)\n  %made"
+    )
+    assert traffic_bytes(text) == traffic_bytes(REPLACED.replace("TARGET", "%x"))
+
+
+def test_what_follows_the_result_is_not_the_result():
+    unused = "  %unused = f32[1]{0} slice(%p1), slice={[0:1]}\n}\n\nENTRY"
+    assert traffic_bytes(FUSION.replace("}\n\nENTRY", unused)) == traffic_bytes(FUSION)
+
+
 def test_loops_count_as_often_as_they_run_and_slices_as_what_they_read():
     text = LOOP.replace("TRIP", 'backend_config={"known_trip_count":{"n":"10"}}')
     per_iteration = 4 * (1 + 40 + 40)  # the index, the slice read, the slice written
