@@ -73,7 +73,9 @@ class Bench:
         `implementations` measured twice: on the factors, and on the array multiplied out of them.
       dtype: of activations and weights; frames are always float32.
       repeats: timed samples of each row.
-      min_sample_ms: calls shorter than this are repeated within a sample.
+      min_sample_ms: calls shorter than this are repeated within a sample, as the layers of a model
+        follow each other. Single calls of a few milliseconds would mostly tell how fast the
+        operating system wakes threads.
       float64_max_size: largest N at which results are compared with float64; beyond it, with the
         reference implementation in float32.
       seed: of inputs and weights.
@@ -91,7 +93,7 @@ class Bench:
     pair_rank: int = 0
     dtype: str = "float32"
     repeats: int = 10
-    min_sample_ms: float = 1.0
+    min_sample_ms: float = 20.0
     float64_max_size: int = 512
     seed: int = 0
 

@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., IPAOutput]] = {
 }
 
 # How many [H, Nq, Nk] arrays of float32 the gradient holds at its peak. `xla`: by XLA:CPU's memory
-# analysis of the module at N = 512, 63 MB if it takes all rows at once (49 MB as it does on CPUs).
+# analysis of the module at N = 512, 63 MB.
 # `pallas`: the logits and their gradient.
 _NUM_TEMPORARY = {"xla": 5, "pallas": 2}
 
