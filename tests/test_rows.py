@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ipa_haiku import invariant_point_attention
-from ipa_haiku.attention import rows
+from ipa_haiku.attention import rows, xla_forward
 from ipa_haiku.attention.base import LogitScales
 from ipa_haiku.testing import assert_within_error_budget
 
@@ -56,6 +56,7 @@ def num_loop(lowered):
 def take_two_rows(inputs, monkeypatch):
     """Makes CPUs take that many rows in a block."""
     monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
+    monkeypatch.setattr(rows, "_LEAST_ROWS", 1)
     monkeypatch.setattr(rows, "_level_2_cache_bytes", lambda: 0)
 
 
@@ -71,6 +72,20 @@ def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, mon
     # The outputs alone, within the gradient, and the gradient.
     assert num_loop(in_blocks) >= num_loop(whole) + 3
     assert_within_error_budget(in_blocks.compile()(inputs), whole.compile()(inputs), exact)
+
+
+def test_attention_weights_need_not_be_there_all_at_once(sizes_of, make_core_inputs, monkeypatch):
+    inputs = make_core_inputs(sizes_of("tiny"), 12, 7, mask="holed")
+    exact = exact_result(inputs)
+    take_two_rows(inputs, monkeypatch)
+    all_at_once = lower(inputs)
+    num_weight = inputs.q_scalar.shape[-2] * 12 * 7
+    monkeypatch.setattr(xla_forward, "_MANY_WEIGHTS_BYTES", 4 * num_weight)
+    assert lower(inputs).as_text() == all_at_once.as_text()
+    monkeypatch.setattr(xla_forward, "_MANY_WEIGHTS_BYTES", 4 * num_weight - 1)
+    in_parts = lower(inputs)
+    assert in_parts.as_text() != all_at_once.as_text()
+    assert_within_error_budget(in_parts.compile()(inputs), all_at_once.compile()(inputs), exact)
 
 
 def second_derivative(inputs, implementation):

@@ -25,6 +25,10 @@ from ipa_haiku.attention.rows import by_rows, is_one_block, laid_out, own_array,
 # Products that involve points: never bfloat16 or TF32.
 HIGHEST = jax.lax.Precision.HIGHEST
 
+# Where attention weights take more, CPUs do not make them all at once: the memory of an array of
+# this size is given back after each call, and page by page found again.
+_MANY_WEIGHTS_BYTES = 32 * 2**20
+
 
 class Static(NamedTuple):
     """What is known when tracing."""
@@ -63,7 +67,10 @@ class Attention(NamedTuple):
 def forward(
     static: Static, inputs: IPAInputs, in_gradient: bool
 ) -> tuple[IPAOutput, Softmax | None]:
-    """Outputs, not yet in the dtypes of the inputs, and attention weights without `query_block`."""
+    """Outputs, not yet in the dtypes of the inputs, and for a gradient the attention weights.
+
+    The latter not with `query_block`; without a gradient, where there are not too many of them.
+    """
     keys = keys_of(widen(inputs))
     in_blocks = static.query_block < inputs.num_query
     # With a copy of the weights for each, the products with inputs_2d and with values run at once.
@@ -86,9 +93,12 @@ def forward(
 
     first: Any = 0  # where the axis of rows is
     second: Any = 1
-    if in_blocks:
+    num_weight = inputs.num_head * inputs.num_query * inputs.num_key
+    is_many = num_weight * inputs.logits_dtype.itemsize > _MANY_WEIGHTS_BYTES
+    if in_blocks or (is_many and not in_gradient):
         axes: Any = IPAOutput(first, first, first)
-        return by_rows(outputs_of_rows, inputs, static.query_block, axes), None
+        at_once = 1 if in_blocks else 2
+        return by_rows(outputs_of_rows, inputs, static.query_block, axes, at_once=at_once), None
     # In a gradient, zeros would be written by the core that first writes those of the gradient of
     # inputs_2d, and the loop would wait for both.
     fill = keys.value[0, 0, 0] if in_gradient else 0
