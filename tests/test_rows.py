@@ -57,7 +57,7 @@ def take_two_rows(inputs, monkeypatch):
     """Makes CPUs take that many rows in a block."""
     monkeypatch.setattr(rows, "_CACHED_BYTES", 2 * 4 * inputs.inputs_2d[0].size)
     monkeypatch.setattr(rows, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(rows, "_level_2_cache_bytes", lambda: 0)
+    monkeypatch.setattr(rows, "_has_large_caches", lambda: False)
 
 
 # With and without rows that two blocks share.
@@ -72,6 +72,18 @@ def test_blocks_change_nothing(num_query, dtype, sizes_of, make_core_inputs, mon
     # The outputs alone, within the gradient, and the gradient.
     assert num_loop(in_blocks) >= num_loop(whole) + 3
     assert_within_error_budget(in_blocks.compile()(inputs), whole.compile()(inputs), exact)
+
+
+@pytest.mark.parametrize(("num_key", "num_part"), [(8, 4), (9, 3), (10, 2), (7, 1)])
+def test_sums_over_keys_in_parts(num_key, num_part, sizes_of, make_core_inputs, monkeypatch):
+    assert xla_forward._num_part(num_key) == num_part
+    inputs = make_core_inputs(sizes_of("tiny"), 5, num_key, mask="holed")
+    exact = exact_result(inputs)
+    in_parts = lower(inputs)
+    monkeypatch.setattr(xla_forward, "_num_part", lambda num_key: 1)
+    whole = lower(inputs)
+    assert (in_parts.as_text() != whole.as_text()) == (num_part > 1)
+    assert_within_error_budget(in_parts.compile()(inputs), whole.compile()(inputs), exact)
 
 
 def test_attention_weights_need_not_be_there_all_at_once(sizes_of, make_core_inputs, monkeypatch):
@@ -124,16 +136,18 @@ def test_second_derivatives_of_bfloat16_in_blocks_are_refused(
         second_derivative(inputs, "xla")
 
 
-# Of what four caches hold.
-@pytest.mark.parametrize(("missing_bytes", "in_blocks"), [(0, False), (1, True)])
-def test_what_a_few_level_2_caches_hold_is_taken_whole(
-    missing_bytes, in_blocks, sizes_of, make_core_inputs, monkeypatch
+@pytest.mark.parametrize(
+    ("has_large_caches", "missing_bytes", "in_blocks"),
+    [(True, 0, False), (True, 1, True), (False, 0, True)],
+)
+def test_what_large_caches_hold_is_taken_whole(
+    has_large_caches, missing_bytes, in_blocks, sizes_of, make_core_inputs, monkeypatch
 ):
     inputs = make_core_inputs(sizes_of("tiny"), 12, 7)
     take_two_rows(inputs, monkeypatch)
     blocks = lower(inputs)
-    level_2 = inputs.inputs_2d.nbytes // 4 - missing_bytes
-    monkeypatch.setattr(rows, "_level_2_cache_bytes", lambda: level_2)
+    monkeypatch.setattr(rows, "_has_large_caches", lambda: has_large_caches)
+    monkeypatch.setattr(rows, "_UNCUT_BYTES", inputs.inputs_2d.nbytes - missing_bytes)
     assert (num_loop(lower(inputs)) == num_loop(blocks)) == in_blocks
 
 
@@ -148,7 +162,8 @@ def test_a_large_gradient_of_inputs_2d_is_one_product(
     in_blocks = lower(inputs)
     monkeypatch.setattr(rows, "_LARGE_RESULT_BYTES", 4 * inputs.inputs_2d.size)
     assert lower(inputs).as_text() == in_blocks.as_text()  # not on cores with small caches
-    monkeypatch.setattr(rows, "_LARGE_LEVEL_2_BYTES", 0)
+    monkeypatch.setattr(rows, "_has_large_caches", lambda: True)
+    monkeypatch.setattr(rows, "_UNCUT_BYTES", 0)
     whole = lower(inputs)
     assert (whole.as_text() != in_blocks.as_text()) == (dtype == "float32")
     assert_within_error_budget(whole.compile()(inputs), in_blocks.compile()(inputs), exact)
@@ -173,7 +188,7 @@ def test_programs_for_other_devices_do_not_depend_on_this_machine(
     take_two_rows(inputs, monkeypatch)
     in_blocks = operations()
     monkeypatch.setattr(rows, "_LARGE_RESULT_BYTES", 0)
-    monkeypatch.setattr(rows, "_LARGE_LEVEL_2_BYTES", 0)
+    monkeypatch.setattr(rows, "_has_large_caches", lambda: True)
     assert here == in_blocks == operations()
     assert here["dot_general"] > 0
 
@@ -190,20 +205,20 @@ def test_laid_out_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("level", "text", "size"),
+    ("level", "size", "is_large"),
     [
-        ("2", "512K\n", 512 * 2**10),
-        ("2", "4096K\n", 2 * 2**20),  # nothing was measured with more
-        ("3", "512K\n", 0),
-        ("2", "", 0),
-        ("2", "K", 0),
-        ("2", "1M", 0),
-        ("2", None, 0),
+        ("2", "2048K\n", True),
+        ("2", "1024K\n", False),
+        ("3", "2048K\n", False),
+        ("2", "", False),
+        ("2", "K", False),
+        ("2", "2M", False),
+        ("2", None, False),
     ],
 )
-def test_size_of_the_level_2_cache(level, text, size, tmp_path, monkeypatch):
+def test_whether_there_are_large_caches(level, size, is_large, tmp_path, monkeypatch):
     (tmp_path / "level").write_text(f"{level}\n")
-    if text is not None:
-        (tmp_path / "size").write_text(text)
+    if size is not None:
+        (tmp_path / "size").write_text(size)
     monkeypatch.setattr(rows, "_LEVEL_2_CACHE", tmp_path)
-    assert rows._level_2_cache_bytes() == size
+    assert rows._has_large_caches() == is_large

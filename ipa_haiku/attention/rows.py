@@ -19,14 +19,14 @@ _CACHED_BYTES = 4 * 2**20
 # Products over fewer rows are slower by a quarter.
 _LEAST_ROWS = 16
 
-# Level-2 caches' worth of `inputs_2d` that is not worth taking in blocks.
-_UNCUT_CACHES = 4
-
 # Between sizes at which one product was slower (75 MB) and faster (134 MB).
 _LARGE_RESULT_BYTES = 96 * 2**20
 
-# As Intel's servers have since 2023; AMD's have 0.5 or 1 MB. Nothing was measured with more.
+# As Intel's servers have since 2023; AMD's have 0.5 or 1 MB.
 _LARGE_LEVEL_2_BYTES = 2 * 2**20
+
+# With such caches, and the level-3 caches that come with them, no blocks up to this size.
+_UNCUT_BYTES = 20 * 2**20
 
 _LEVEL_2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2")
 
@@ -94,7 +94,7 @@ def _cached_rows(inputs: IPAInputs, at_once: int) -> int:
 
 def is_one_block(inputs: IPAInputs) -> bool:
     """Whether CPUs take all rows of one protein together."""
-    uncut = max(_CACHED_BYTES, _UNCUT_CACHES * _level_2_cache_bytes())
+    uncut = _UNCUT_BYTES if _has_large_caches() else _CACHED_BYTES
     return inputs.num_query * _bytes_per_row(inputs) <= uncut
 
 
@@ -107,7 +107,7 @@ def is_large_result(inputs: IPAInputs) -> bool:
     # A narrower one would first be an array of float32.
     is_as_wide = inputs.inputs_2d.dtype == inputs.logits_dtype
     is_large = inputs.num_query * _bytes_per_row(inputs) >= _LARGE_RESULT_BYTES
-    return is_as_wide and is_large and _level_2_cache_bytes() >= _LARGE_LEVEL_2_BYTES
+    return is_as_wide and is_large and _has_large_caches()
 
 
 def _bytes_per_row(inputs: IPAInputs) -> int:
@@ -115,8 +115,8 @@ def _bytes_per_row(inputs: IPAInputs) -> int:
     return inputs.logits_dtype.itemsize * inputs.num_key * inputs.inputs_2d.shape[-1]
 
 
-def _level_2_cache_bytes() -> int:
-    """Of this machine's first core; 0 where the operating system does not tell, as Linux does.
+def _has_large_caches() -> bool:
+    """Whether this machine's first core has; no where the operating system is not Linux.
 
     Programs for CPUs depend on it, in the order of their sums; those for other devices do not.
     """
@@ -124,10 +124,8 @@ def _level_2_cache_bytes() -> int:
         level = (_LEVEL_2_CACHE / "level").read_text().strip()
         size = re.fullmatch(r"(\d+)K", (_LEVEL_2_CACHE / "size").read_text().strip())
     except OSError:
-        return 0
-    if level != "2" or size is None:
-        return 0
-    return min(1024 * int(size[1]), _LARGE_LEVEL_2_BYTES)
+        return False
+    return level == "2" and size is not None and 1024 * int(size[1]) >= _LARGE_LEVEL_2_BYTES
 
 
 def num_block(block: int, num_query: int) -> int:

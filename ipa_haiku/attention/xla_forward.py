@@ -5,6 +5,7 @@ in einsums: q queries, k keys, h heads, c channels.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,8 @@ def forward(
     def softmax_and_pair(start: jax.Array | int, size: int) -> tuple[Softmax, jax.Array]:
         x = take_rows(inputs, start, size)
         softmax = softmax_of(static, x, keys)
-        pair = _pair_sums(static, x, own(jnp.swapaxes(softmax.weights, 0, 1)))
+        num_part = 1 if in_gradient else _num_part(inputs.num_key)
+        pair = _pair_sums(static, x, softmax.weights, num_part, own)
         # In a gradient CPUs are faster with the scale here, else below, outside of the loop.
         return softmax, _scaled(pair, softmax) if in_gradient else pair
 
@@ -144,9 +146,40 @@ def coordinates(points: jax.Array) -> jax.Array:
     return jnp.moveaxis(flat(points), 0, -1)
 
 
-def _pair_sums(static: Static, x: IPAInputs, weights: jax.Array) -> jax.Array:
-    """Sums of inputs_2d [Nq, H, C_z] with weights [Nq, H, Nk] (line 9)."""
-    return jnp.einsum("qhk,qkc->qhc", weights, x.inputs_2d, precision=static.precision)
+def _num_part(num_key: int) -> int:
+    """In how many parts CPUs take the keys of a sum: then XLA:CPU spreads it over cores."""
+    return next(n for n in (4, 3, 2, 1) if num_key % n == 0)
+
+
+def _pair_sums(
+    static: Static,
+    x: IPAInputs,
+    weights: jax.Array,
+    num_part: int,
+    own: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Sums of inputs_2d [Nq, H, C_z] with weights [H, Nq, Nk] (line 9).
+
+    Args:
+      static: what is known when tracing.
+      x: the arguments.
+      weights: of the sums.
+      num_part: of the keys on CPUs, a divisor of their number.
+      own: makes the copy of weights that the product takes.
+    """
+    product = functools.partial(jnp.einsum, precision=static.precision)
+
+    def whole(weights: jax.Array, z: jax.Array) -> jax.Array:
+        return product("qhk,qkc->qhc", own(jnp.swapaxes(weights, 0, 1)), z)
+
+    def in_parts(weights: jax.Array, z: jax.Array) -> jax.Array:
+        weights = weights.reshape(*weights.shape[:2], num_part, -1)
+        z = z.reshape(len(z), num_part, -1, z.shape[-1])
+        sums = product("qghk,qgkc->qghc", own(jnp.transpose(weights, (1, 2, 0, 3))), z)
+        return jnp.sum(sums, axis=1)
+
+    cpu = in_parts if num_part > 1 else whole
+    return jax.lax.platform_dependent(weights, x.inputs_2d, cpu=cpu, default=whole)
 
 
 def _scaled(sums: jax.Array, softmax: Softmax) -> jax.Array:
