@@ -1,11 +1,12 @@
 """What is measured: this project's implementations and AF2's, as functions of a `Problem`."""
 
+import contextlib
 import dataclasses
 import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from benchmarks import layouts
 from benchmarks.cases import Model
-from benchmarks.problems import GLOBAL_CONFIG, Problem, core_scales
+from benchmarks.problems import GLOBAL_CONFIG, Problem, core_scales, squared_distance
 from ipa_haiku import (
     InvariantPointAttention,
     QuatAffine,
@@ -23,13 +24,13 @@ from ipa_haiku import (
     invariant_point_attention,
     rigid,
 )
+from ipa_haiku.alphafold import use_in_alphafold
 
-# Quick compilations vary most, so they are repeated.
 _ENOUGH_COMPILE_SECONDS = 2.0
 _MAX_COMPILE = 3
 
-# Pytrees of arrays by name: {"output": ...} of a forward pass, the names of
-# `Problem.differentiable` of a gradient.
+# Pytrees of arrays by name: {"output": ...} of a forward pass; of a gradient "value", the loss, and
+# the names of `Problem.differentiable`.
 Groups = dict[str, Any]
 
 
@@ -53,24 +54,31 @@ class Prepared(NamedTuple):
     required_bytes: int
 
 
-class Candidate(Protocol):
+def _identity(parameters: Any) -> Any:
+    return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
     """Something that computes the result of a `Problem`.
 
     Attributes:
       name: on the command line.
       label: in tables.
+      layout: turns the monomer's parameters, or their gradient, into the candidate's.
       is_exact: whether it computes the same function, so that results can be compared.
     """
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def label(self) -> str: ...  # noqa: D102
-    @property
-    def is_exact(self) -> bool: ...  # noqa: D102
+    name: str
+    label: str
+    layout: Callable[[Any], Any] = dataclasses.field(default=_identity, kw_only=True)
+    is_exact: bool = dataclasses.field(default=True, kw_only=True)
 
-    def layout(self, parameters: Any, /) -> Any:
-        """Turns the monomer's parameters, or their gradient, into the candidate's."""
+    def in_layout(self, groups: Groups) -> Groups:
+        """`groups` with the monomer's "parameters", if there are any, in the candidate's layout."""
+        if "parameters" not in groups:
+            return groups
+        return groups | {"parameters": self.layout(groups["parameters"])}
 
     def prepare(self, copies: Sequence[Problem], mode: str) -> Prepared:
         """Compiles the computation for problems of one shape.
@@ -78,72 +86,57 @@ class Candidate(Protocol):
         Raises:
           NotImplementedError: if the candidate cannot do this problem here, saying why.
         """
-
-
-def _identity(parameters: Any) -> Any:
-    return parameters
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class JaxCandidate:
-    """A function of (`differentiable`, `constant`) in JAX; the attributes are `Candidate`'s."""
+class JaxCandidate(Candidate):
+    """A function of (`differentiable`, `constant`) in JAX."""
 
-    name: str
-    label: str
     forward: Callable[[dict[str, Any], dict[str, Any]], Any]
-    layout: Callable[[Any], Any] = _identity
-    is_exact: bool = True
 
     def arguments(self, problem: Problem) -> Problem:
         """`problem` with the parameters in the candidate's layout."""
-        differentiable = dict(problem.differentiable)
-        if "parameters" in differentiable:
-            differentiable["parameters"] = self.layout(differentiable["parameters"])
-        return problem._replace(differentiable=differentiable)
+        return problem._replace(differentiable=self.in_layout(problem.differentiable))
 
     def function(self, mode: str) -> Callable[[Problem], Groups]:
         """What is compiled: a function of `arguments` that returns the groups."""
-        if mode == "forward":
-            return lambda problem: {
-                "output": self.forward(problem.differentiable, problem.constant)
-            }
+
+        def forward(problem: Problem) -> Groups:
+            return {"output": self.forward(problem.differentiable, problem.constant)}
 
         def loss(differentiable: dict[str, Any], problem: Problem) -> jax.Array:
             output = self.forward(differentiable, problem.constant)
-            products = jax.tree.map(_inner_product, output, problem.cotangent)
-            return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+            return squared_distance(output, problem.target)
 
-        return lambda problem: jax.grad(loss)(problem.differentiable, problem)
+        def gradient(problem: Problem) -> Groups:
+            value, gradients = jax.value_and_grad(loss)(problem.differentiable, problem)
+            return {"value": value, **gradients}
+
+        return {"forward": forward, "grad": gradient}[mode]
+
+    def compile(self, arguments: Problem, mode: str) -> jax.stages.Compiled:
+        """The compiled function."""
+        return jax.jit(self.function(mode)).lower(arguments).compile()
 
     def prepare(self, copies: Sequence[Problem], mode: str) -> Prepared:
-        """Compiles the computation for problems of one shape; see `Candidate.prepare`."""
+        """Compiles up to three times, as quick compilations vary; see `Candidate.prepare`."""
         arguments = [self.arguments(problem) for problem in copies]
-        compiled, compile_seconds = self._compile(arguments[0], mode)
+        seconds: list[float] = []
+        while sum(seconds) < _ENOUGH_COMPILE_SECONDS and len(seconds) < _MAX_COMPILE:
+            jax.clear_caches()  # of parts that one traced before; what is compiled stays
+            start = time.perf_counter()
+            compiled = self.compile(arguments[0], mode)
+            seconds.append(time.perf_counter() - start)
         memory = compiled.memory_analysis()
         return Prepared(
             start=lambda i: compiled(arguments[i]),
             wait=jax.block_until_ready,
             groups=lambda result: jax.tree.map(np.asarray, result),
-            compile_seconds=compile_seconds,
+            compile_seconds=statistics.median(seconds),
             temp_bytes=memory.temp_size_in_bytes if memory else None,
             required_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0,
         )
-
-    def _compile(self, problem: Problem, mode: str) -> tuple[jax.stages.Compiled, float]:
-        """The compiled computation, and in how many seconds: the median of up to three times."""
-        seconds: list[float] = []
-        while True:
-            jax.clear_caches()  # of parts that one traced before; what is compiled stays
-            start = time.perf_counter()
-            compiled = jax.jit(self.function(mode)).lower(problem).compile()
-            seconds.append(time.perf_counter() - start)
-            if sum(seconds) > _ENOUGH_COMPILE_SECONDS or len(seconds) == _MAX_COMPILE:
-                return compiled, statistics.median(seconds)
-
-
-def _inner_product(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-    dtype = jnp.result_type(jnp.float32, x)
-    return jnp.sum(x.astype(dtype) * cotangent.astype(dtype))
 
 
 def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
@@ -153,10 +146,7 @@ def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
     if what == "core":
         forward = functools.partial(_our_core, model, implementation)
     else:
-        from benchmarks import structure_module  # imports alphafold
-
-        attention = functools.partial(InvariantPointAttention, implementation=implementation)
-        forward = functools.partial(structure_module.forward, model, attention)
+        forward = _in_structure_module(model, functools.partial(use_in_alphafold, implementation))
     return JaxCandidate(*_name_and_label(implementation), forward)
 
 
@@ -188,14 +178,10 @@ def our_module(
     """This project's Haiku module, called with `call_options`."""
     is_multimer = model.variant == "multimer"
     module = folding_multimer.InvariantPointAttention if is_multimer else InvariantPointAttention
-    forward = _module_forward(
-        model,
-        functools.partial(module, implementation=implementation, sharding=sharding),
-        QuatAffine.from_tensor,
-        **call_options,
-    )
+    module = functools.partial(module, implementation=implementation, sharding=sharding)
+    forward = _module_forward(model, module, QuatAffine.from_tensor, **call_options)
     layout = functools.partial(layouts.to_multimer, model=model) if is_multimer else _identity
-    return JaxCandidate(*_name_and_label(implementation), forward, layout)
+    return JaxCandidate(*_name_and_label(implementation), forward, layout=layout)
 
 
 def reference(what: str, model: Model) -> JaxCandidate:
@@ -217,15 +203,10 @@ def alphafold(what: str, model: Model) -> JaxCandidate:
     from alphafold.model import folding, quat_affine
 
     if what == "module":
-        forward = _module_forward(
-            model, folding.InvariantPointAttention, quat_affine.QuatAffine.from_tensor
-        )
+        frames = quat_affine.QuatAffine.from_tensor
+        forward = _module_forward(model, folding.InvariantPointAttention, frames)
     else:
-        from benchmarks import structure_module
-
-        forward = functools.partial(
-            structure_module.forward, model, folding.InvariantPointAttention
-        )
+        forward = _in_structure_module(model, contextlib.nullcontext)
     return JaxCandidate("alphafold", "AlphaFold 2", forward)
 
 
@@ -247,12 +228,8 @@ def alphafold_multimer(model: Model) -> JaxCandidate:
             raise NotImplementedError("its points are float32 only, and so are its inputs")
         return module_forward(differentiable, constant)
 
-    return JaxCandidate(
-        "alphafold_multimer",
-        "AlphaFold 2 multimer",
-        forward,
-        functools.partial(layouts.to_multimer, model=model),
-    )
+    layout = functools.partial(layouts.to_multimer, model=model)
+    return JaxCandidate("alphafold_multimer", "AlphaFold 2 multimer", forward, layout=layout)
 
 
 def _our_core(
@@ -292,3 +269,11 @@ def _module_forward(
         )
 
     return forward
+
+
+def _in_structure_module(
+    model: Model, attention: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+    from benchmarks import structure_module  # imports alphafold
+
+    return functools.partial(structure_module.forward, model, attention)

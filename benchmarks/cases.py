@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ipa_haiku import IPAConfig
-from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.attention.selection import IMPLEMENTATIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -42,6 +42,11 @@ class Model:
     position_scale: float
     pair_rank: int = 0
 
+    @property
+    def alphafold(self) -> str:
+        """Name of AF2's own module of this variant, of `PEERS`."""
+        return "alphafold" if self.variant == "monomer" else "alphafold_multimer"
+
     @classmethod
     def from_name(cls, name: str) -> Self:
         """Reads `configs/<name>.toml`.
@@ -65,9 +70,9 @@ class Bench:
       model: name of a model in `configs/`.
       what: of `WHATS`: the attention core alone, the Haiku module, AF2's structure module with the
         Haiku module in it.
-      modes: of `MODES`: forward, and the gradient (which runs the forward pass, too) with respect
-        to parameters, inputs and frames.
-      implementations: names in `ipa_haiku.attention.api.IMPLEMENTATIONS`.
+      modes: of `MODES`: forward, and the value and the gradient, with respect to parameters, inputs
+        and frames, of `problems.squared_distance`.
+      implementations: names in `ipa_haiku.attention.selection.IMPLEMENTATIONS`.
       peers: of `PEERS`: other people's implementations.
       pair_rank: 0 to give `inputs_2d` as an array; R to give it as factors of rank R, with each of
         `implementations` measured twice: on the factors, and on the array multiplied out of them.
@@ -105,9 +110,8 @@ class Bench:
             object.__setattr__(self, name, tuple(values))
         _check_counts("sizes", self.sizes)
         _check_counts("repeats", [self.repeats])
-        _check_counts("pair_rank", [self.pair_rank], least=0)
-        _check_counts("float64_max_size", [self.float64_max_size], least=0)
-        _check_counts("seed", [self.seed], least=0)
+        for name in ("pair_rank", "float64_max_size", "seed"):
+            _check_counts(name, [getattr(self, name)], least=0)
         if not isinstance(self.min_sample_ms, int | float) or self.min_sample_ms < 0:
             raise ValueError(
                 f"min_sample_ms: must be a number of at least 0, got {self.min_sample_ms!r}."
@@ -117,19 +121,24 @@ class Bench:
         _check_names("implementations", self.implementations, IMPLEMENTATIONS, may_be_empty=True)
         _check_names("peers", self.peers, PEERS, may_be_empty=True)
         _check_names("dtype", [self.dtype], DTYPES)
-        model = Model.from_name(self.model)
-        if "structure_module" in self.what and model.variant != "monomer":
-            raise ValueError(
-                f"what: structure_module needs a monomer model, {model.name} is a {model.variant}."
-            )
-        if "structure_module" in self.what and self.dtype != "float32":
-            raise ValueError("dtype: AlphaFold 2's structure module takes float32 only.")
-        if self.pair_rank and (self.peers or "structure_module" in self.what):
-            raise ValueError(
-                "pair_rank: must be 0 with peers or the structure module, which take arrays only."
-            )
+        obstacles = [self.obstacle(what) for what in self.what]
+        if all(obstacles):
+            raise ValueError(f"what: {self.what[0]} cannot be measured: {obstacles[0]}.")
+        if self.pair_rank and self.peers:
+            raise ValueError("pair_rank: must be 0 with peers, which take arrays only.")
         if not self.implementations and not self.peers:
             raise ValueError("implementations: there is nothing to measure, and no peers either.")
+
+    def obstacle(self, what: str) -> str | None:
+        """Why `what` is left out with these settings; None if it is not."""
+        variant = Model.from_name(self.model).variant
+        if what != "structure_module":
+            return None
+        if variant != "monomer":
+            return f"it needs a monomer model, {self.model} is a {variant}"
+        if self.dtype != "float32":
+            return "AlphaFold 2's structure module takes float32 only"
+        return "AlphaFold 2's structure module takes arrays only" if self.pair_rank else None
 
     def sized_model(self) -> Model:
         """The model of that name, with the pair representation as it is given here."""

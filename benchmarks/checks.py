@@ -1,4 +1,9 @@
-"""Whether a result is right: compared with float64, or with the reference in float32."""
+"""Whether a result is right: compared with float64, or with the reference in float32.
+
+A group of arrays may be off by a fixed limit, or by a few times what AF2's own float32 is off by in
+the same run: some problems, such as the gradient of eight layers, are so ill-conditioned that
+nothing in float32 comes near the exact result.
+"""
 
 import math
 from typing import Any
@@ -21,12 +26,33 @@ _LIMIT_FAST_FLOAT32 = 5e-2
 # bfloat16 rounds to 4e-3, inputs excluded: float64 gets the rounded ones, too.
 _LIMIT_BFLOAT16 = 1e-1
 
+# How many times AF2's own error others may have. Two computations of one accuracy differ by a
+# factor of 3 in their largest error.
+TIMES_OWN_ERROR = 4.0
+
 
 def error_limit(dtype: str, platform: str) -> float:
     """Largest error, relative to the largest element, of a result that counts as right."""
     if dtype == "bfloat16":
         return _LIMIT_BFLOAT16
     return _LIMIT_FLOAT32 if platform == "cpu" else _LIMIT_FAST_FLOAT32
+
+
+def wrong_groups(
+    errors: dict[str, float], own_errors: dict[str, float], limit: float
+) -> dict[str, float]:
+    """The groups that are wrong, and the error that each of them was allowed.
+
+    Args:
+      errors: of all groups.
+      own_errors: AF2's of the same groups, where they are known.
+      limit: of `error_limit`.
+    """
+    allowed = {}
+    for name in errors:
+        own = own_errors.get(name, 0.0)
+        allowed[name] = max(limit, TIMES_OWN_ERROR * own) if math.isfinite(own) else limit
+    return {name: allowed[name] for name, error in errors.items() if not error <= allowed[name]}
 
 
 def float64_result(reference: JaxCandidate, problem: Problem, mode: str) -> Groups:
@@ -39,7 +65,7 @@ def float64_result(reference: JaxCandidate, problem: Problem, mode: str) -> Grou
     if device.platform == "tpu":  # which has no float64
         device = jax.devices("cpu")[0]
     with jax.enable_x64(True), jax.default_device(device):
-        return _result(reference, jax.device_put(to_float64(problem), device), mode)
+        return float32_result(reference, jax.device_put(to_float64(problem), device), mode)
 
 
 def float32_result(reference: JaxCandidate, problem: Problem, mode: str) -> Groups:
@@ -48,13 +74,12 @@ def float32_result(reference: JaxCandidate, problem: Problem, mode: str) -> Grou
     Raises:
       NotEnoughMemoryError: if it does not fit.
     """
-    return _result(reference, problem, mode)
-
-
-def _result(reference: JaxCandidate, problem: Problem, mode: str) -> Groups:
-    prepared = reference.prepare([problem], mode)
-    memory.check_fits(prepared.required_bytes, "the reference")
-    return prepared.groups(prepared.start(0))
+    arguments = reference.arguments(problem)
+    compiled = reference.compile(arguments, mode)
+    if needed := compiled.memory_analysis():
+        size = needed.temp_size_in_bytes + needed.output_size_in_bytes
+        memory.check_fits(size, "the reference")
+    return jax.tree.map(np.asarray, compiled(arguments))
 
 
 def to_float64(problem: Problem) -> Problem:
@@ -67,8 +92,8 @@ def to_float64(problem: Problem) -> Problem:
     return jax.tree.map(widen, problem)
 
 
-def largest_error(actual: Groups, expected: Groups) -> float:
-    """The worst error of all groups, each relative to the largest element of the group.
+def group_errors(actual: Groups, expected: Groups) -> dict[str, float]:
+    """The largest error of each group, relative to the largest element of the group.
 
     A NaN or an infinity makes it infinite.
 
@@ -77,7 +102,7 @@ def largest_error(actual: Groups, expected: Groups) -> float:
     """
     if actual.keys() != expected.keys():
         raise ValueError(f"groups {sorted(actual)} where {sorted(expected)} were expected.")
-    return max(_group_error(name, actual[name], expected[name]) for name in expected)
+    return {name: _group_error(name, actual[name], expected[name]) for name in expected}
 
 
 def _group_error(name: str, actual: Any, expected: Any) -> float:

@@ -6,6 +6,7 @@ compile for a target must be in the environment before JAX is imported.
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -14,92 +15,90 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import Bench, Model
+import jax
+import numpy as np
+from jax.experimental import topologies
 
-# Device properties in XLA's text format. An H200 has the chip of an H100 and more memory.
-_GPUS = {
-    "h200": """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+from benchmarks import problems, roofline
+from benchmarks.candidates import JaxCandidate
+from benchmarks.cases import Bench
+from benchmarks.hlo_traffic import UnknownLoopLength, traffic_bytes
+from benchmarks.peers import Checkouts, load
+
+# Device properties in XLA's text format.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared_per_block}
+  shared_memory_per_core: {shared} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 minor: 0 }
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-""",
-    "a100": """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 166912
-  shared_memory_per_core: 167936 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 device_memory_size: 85899345920
-  cuda_compute_capability { major: 8 minor: 0 }
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA A100-SXM4-80GB"
-""",
-    "rtx4090": """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 101376
-  shared_memory_per_core: 102400 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 128 fpus_per_core: 128 clock_rate_ghz: 2.52
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 1008000000000 l2_cache_size: 75497472 device_memory_size: 25769803776
-  cuda_compute_capability { major: 8 minor: 9 }
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA GeForce RTX 4090"
-""",
-}
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+_KIB, _MIB = 2**10, 2**20
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """What programs are compiled for.
 
     Attributes:
-      label: in tables.
       kind: of the device, as JAX names it.
-      modules: that must be installed.
-      how_to_install: them, in one line; {version} is JAX's.
+      gpu: properties of a GPU.
     """
 
-    label: str
     kind: str
-    modules: tuple[str, ...]
-    how_to_install: str
+    gpu: dict[str, Any] | None = None
 
+    @property
+    def needs(self) -> tuple[tuple[str, ...], str]:
+        """Modules, and how to install them, in one line; {0} is JAX's version."""
+        if self.gpu is None:
+            return ("libtpu",), "pip install 'jax[tpu]=={0}'"
+        packages = "jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} triton"
+        return ("jax_cuda13_plugin", "triton"), f"pip install --no-deps {packages}"
 
-_FOR_GPU = (
-    ("jax_cuda13_plugin", "triton"),
-    "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} triton",
-)
+    def topology(self) -> Any:
+        """The devices, described for JAX."""
+        if self.gpu is None:
+            return topologies.get_topology_desc("v5e:2x2", platform="tpu")
+        # Of a core's memory CUDA keeps 1 KiB.
+        per_block = self.gpu["shared"] - _KIB
+        config = _GPU.format(name=self.kind, shared_per_block=per_block, **self.gpu)
+        return topologies.get_topology_desc(
+            "", platform="cuda", target_config=config, topology="1x1x1"
+        )
+
 
 TARGETS = {
-    "h200": _Target("NVIDIA H200", "NVIDIA H200", *_FOR_GPU),
-    "a100": _Target("NVIDIA A100", "NVIDIA A100-SXM4-80GB", *_FOR_GPU),
-    "rtx4090": _Target("NVIDIA RTX 4090", "NVIDIA GeForce RTX 4090", *_FOR_GPU),
-    "v5e": _Target("TPU v5e", "TPU v5 lite", ("libtpu",), "pip install 'jax[tpu]=={version}'"),
-}
+    "h200": Target("NVIDIA H200", {  # the chip of an H100, and more memory
+        "threads": 2048, "shared": 228 * _KIB, "cores": 132, "fpus": 128, "clock": 1.98,
+        "bandwidth": 4_800 * 10**9, "l2": 50 * _MIB, "memory": 144_384 * _MIB,
+        "capability": (9, 0),
+    }),
+    "a100": Target("NVIDIA A100-SXM4-80GB", {
+        "threads": 2048, "shared": 164 * _KIB, "cores": 108, "fpus": 64, "clock": 1.41,
+        "bandwidth": 2_039 * 10**9, "l2": 40 * _MIB, "memory": 80 * _KIB * _MIB,
+        "capability": (8, 0),
+    }),
+    "rtx4090": Target("NVIDIA GeForce RTX 4090", {
+        "threads": 1536, "shared": 100 * _KIB, "cores": 128, "fpus": 128, "clock": 2.52,
+        "bandwidth": 1_008 * 10**9, "l2": 72 * _MIB, "memory": 24 * _KIB * _MIB,
+        "capability": (8, 9),
+    }),
+    "v5e": Target("TPU v5 lite"),
+}  # fmt: skip
 
 # What `python -m benchmarks --cost` prints.
 REPORTED = ("h200", "v5e")
 
 
-@dataclasses.dataclass(frozen=True)
-class CostRow:
+class CostRow(NamedTuple):
     """The cost of one program.
 
     Attributes:
@@ -123,13 +122,10 @@ class CostRow:
 def missing(target_name: str) -> str | None:
     """How to install what compiling for a target needs; None if it is there."""
     target = TARGETS[target_name]
-    if all(importlib.util.find_spec(module) for module in target.modules):
+    modules, how_to_install = target.needs
+    if all(importlib.util.find_spec(module) for module in modules):
         return None
-    import jax
-
-    return f"to compile for {target.label}: " + target.how_to_install.format(
-        version=jax.__version__
-    )
+    return f"to compile for {target.kind}: {how_to_install.format(jax.__version__)}"
 
 
 def compute(target_name: str, bench: Bench) -> list[CostRow]:
@@ -150,7 +146,7 @@ def compute(target_name: str, bench: Bench) -> list[CostRow]:
         )
     if process.returncode != 0:
         end = "\n".join(process.stderr.splitlines()[-5:])
-        raise RuntimeError(f"compiling for {TARGETS[target_name].label} failed:\n{end}")
+        raise RuntimeError(f"compiling for {TARGETS[target_name].kind} failed:\n{end}")
     return [CostRow(**row) for row in json.loads(process.stdout.splitlines()[-1])]
 
 
@@ -174,49 +170,32 @@ def environment(target_name: str, directory: Path) -> dict[str, str]:
     return common | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": flags}
 
 
-def _compile_all(target_name: str, bench: Bench) -> list[CostRow]:
-    """In the process of its own: compiles every module in every mode and size."""
-    from benchmarks import candidates
-    from benchmarks.peers import Checkouts, Missing, load_peer
+def device(target_name: str) -> tuple[Any, Any]:
+    """The sharding that puts arrays on one device of a target, and the context to lower in."""
+    target = TARGETS[target_name]
+    mesh = jax.sharding.Mesh(np.array(target.topology().devices[:1]), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    # Tells kernels in Pallas what they are lowered for.
+    kind = jax.sharding.AbstractDevice(target.kind, None, "cuda" if target.gpu else "tpu")
+    abstract = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    return sharding, jax.sharding.use_abstract_mesh(abstract)
 
+
+def _cost(target_name: str, bench: Bench, candidate: JaxCandidate, n: int, mode: str) -> CostRow:
+    """In the process of its own: compiles one module in one mode and size."""
     model = bench.sized_model()
-    field = candidates.all_ours("module", model, bench.implementations)
-    for name in ("alphafold", "alphafold_multimer"):
-        if name in bench.peers:
-            peer = load_peer(name, "module", model, Checkouts())
-            if isinstance(peer, candidates.JaxCandidate):
-                field.append(peer)
-            elif isinstance(peer, Missing):
-                print(f"{peer.name}: {peer.reason}", file=sys.stderr)
-    return [
-        _compile(target_name, bench, model, candidate, n, mode)
-        for n in bench.sizes
-        for candidate in field
-        for mode in bench.modes
-    ]
-
-
-def _compile(
-    target_name: str, bench: Bench, model: Model, candidate: Any, n: int, mode: str
-) -> CostRow:
-    import jax
-
-    from benchmarks import problems, roofline
-    from benchmarks.hlo_traffic import UnknownLoopLength, traffic_bytes
-
     sharding, context = device(target_name)
-    shapes = jax.eval_shape(
-        lambda key: candidate.arguments(
-            problems.make_problem("module", model, n, bench.dtype, key)
-        ),
-        jax.random.key(bench.seed),
-    )
+
+    def arguments(key: jax.Array) -> problems.Problem:
+        return candidate.arguments(problems.make_problem("module", model, n, bench.dtype, key))
+
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(arguments, jax.random.key(bench.seed)),
     )
     try:
         with context:
-            compiled = jax.jit(candidate.function(mode)).lower(shapes).compile()
+            compiled = candidate.compile(shapes, mode)
     except NotImplementedError as error:
         return CostRow(n, mode, candidate.label, note=str(error).partition("\n")[0])
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -228,39 +207,19 @@ def _compile(
     try:
         traffic = traffic_bytes(hlo) / roofline.pair_bytes(model, n, bench.dtype)
     except UnknownLoopLength as error:  # as libtpu's compiler does
-        return dataclasses.replace(row, note=f"traffic not known: {error}")
-    return dataclasses.replace(row, traffic=traffic)
+        return row._replace(note=f"traffic not known: {error}")
+    return row._replace(traffic=traffic)
 
 
-def device(target_name: str) -> tuple[Any, Any]:
-    """The sharding that puts arrays on one device of a target, and the context to lower in."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-
-    kind = TARGETS[target_name].kind
-    if target_name in _GPUS:
-        platform = "cuda"
-        topology = topologies.get_topology_desc(
-            "", platform=platform, target_config=_GPUS[target_name], topology="1x1x1"
-        )
-    else:
-        platform = "tpu"
-        topology = topologies.get_topology_desc("v5e:2x2", platform=platform)
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # Tells kernels in Pallas what they are lowered for.
-    abstract = jax.sharding.AbstractMesh(
-        (), (), abstract_device=jax.sharding.AbstractDevice(kind, None, platform)
-    )
-    return sharding, jax.sharding.use_abstract_mesh(abstract)
-
-
-def _main() -> None:
-    bench = Bench(**json.load(sys.stdin))
-    rows = _compile_all(sys.argv[1], bench)
-    print(json.dumps([dataclasses.asdict(row) for row in rows]))
+def _main(target_name: str, bench: Bench) -> None:
+    """Prints the costs of this project's modules and of AF2's, as JSON."""
+    in_jax = tuple(name for name in bench.peers if name.startswith("alphafold"))
+    bench = dataclasses.replace(bench, peers=in_jax)
+    field = [x for x in load("module", bench, Checkouts()) if isinstance(x, JaxCandidate)]
+    cases = itertools.product(bench.sizes, field, bench.modes)
+    rows = [_cost(target_name, bench, candidate, n, mode) for n, candidate, mode in cases]
+    print(json.dumps([row._asdict() for row in rows]))
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1], Bench(**json.load(sys.stdin)))

@@ -1,6 +1,5 @@
 """The demonstration: a real protein may be moved anywhere, and the result is AlphaFold 2's."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from benchmarks import candidates, checks
 from benchmarks.candidates import JaxCandidate
 from benchmarks.cases import Model
+from benchmarks.peers import Checkouts, load_peer
 from benchmarks.problems import Problem, make_problem
 from benchmarks.structure import Backbone
 from ipa_haiku import QuatAffine
@@ -40,23 +40,22 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
     with jax.enable_x64(True):
         still, *moved = (np.asarray(x) for x in _frames(backbone, model, seed))
 
-    reference = _compile(candidates.ours("module", model, "reference"), problem)
-    functions = _functions(model, problem)
-    before = {name: function(still) for name, function in functions.items()}
+    results = _results(model, problem)
+    before, *after = (results(affine) for affine in (still, *moved))
+    moved_names = [name for name in before if name != "reference"]
     changes = [
-        {"distance": distance}
-        | {name: _change(f(affine), before[name]) for name, f in functions.items()}
-        for distance, affine in zip(DISTANCES, moved)
+        {"distance": distance} | {name: _change(found[name], before[name]) for name in moved_names}
+        for distance, found in zip(DISTANCES, after)
     ]
     agreement = []
     if "alphafold" in before:
         agreement = [
             {
                 "implementation": name,
-                "error": _change(output, before["alphafold"]),
-                "identical": float(jnp.mean(output == before["alphafold"])),
+                "error": _change(before[key], before["alphafold"]),
+                "identical": float(jnp.mean(before[key] == before["alphafold"])),
             }
-            for name, output in (("default", before["output"]), ("reference", reference(still)))
+            for name, key in (("default", "output"), ("reference", "reference"))
         ]
     return {
         "protein": backbone.name,
@@ -84,27 +83,25 @@ def _frames(backbone: Backbone, model: Model, seed: int) -> list[jax.Array]:
     return move([jnp.asarray(x, jnp.float64) for x in backbone[1:]], jax.random.key(seed))
 
 
-def _functions(model: Model, problem: Problem) -> dict[str, Callable[[np.ndarray], Any]]:
-    """Functions of the frames [N, 7] that must not change when the protein moves."""
+def _results(model: Model, problem: Problem) -> Callable[[np.ndarray], dict[str, Any]]:
+    """A function of the frames [N, 7]: what must not change when the protein moves."""
     in_float64 = jax.jit(candidates.reference("module", model).function("forward"))
+    default = _compile(candidates.our_module(model, None), problem)
+    # No other implementation returns attention weights.
+    reference = _compile(candidates.our_module(model, "reference", return_attention=True), problem)
+    peer = load_peer(model.alphafold, "module", model, Checkouts())
+    alphafold = _compile(peer, problem) if isinstance(peer, JaxCandidate) else None
 
-    def exact(affine: np.ndarray) -> Any:
+    def results(affine: np.ndarray) -> dict[str, Any]:
         with jax.enable_x64(True):
-            return in_float64(checks.to_float64(_moved(problem, affine)))["output"]
+            exact = in_float64(checks.to_float64(_moved(problem, affine)))["output"]
+        output, attention = reference(affine)
+        found = {"attention": attention.weights, "output": default(affine), "rounding": exact}
+        if alphafold is not None:
+            found["alphafold"] = alphafold(affine)
+        return found | {"reference": output}
 
-    with_attention = _compile(candidates.our_module(model, None, return_attention=True), problem)
-    functions = {
-        "attention": lambda affine: with_attention(affine)[1].weights,
-        "output": _compile(candidates.ours("module", model, None), problem),
-        "rounding": exact,
-    }
-    if importlib.util.find_spec("alphafold") is not None:
-        if model.variant == "monomer":
-            peer = candidates.alphafold("module", model)
-        else:
-            peer = candidates.alphafold_multimer(model)
-        functions["alphafold"] = _compile(peer, problem)
-    return functions
+    return results
 
 
 def _compile(candidate: JaxCandidate, problem: Problem) -> Callable[[np.ndarray], Any]:
@@ -118,4 +115,4 @@ def _moved(problem: Problem, affine: np.ndarray) -> Problem:
 
 
 def _change(after: Any, before: Any) -> float:
-    return checks.largest_error({"": after}, {"": before})
+    return checks.group_errors({"": after}, {"": before})[""]

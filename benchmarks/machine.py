@@ -28,6 +28,8 @@ _PACKAGES = (
 # Settings outside of the program that change how fast it is.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
 
+# Elements of an array larger than any cache, and rows of a matrix.
+_CPU_SIZES, _OTHER_SIZES = (2**26, 2048), (2**29, 8192)
 _REPEATS = 7  # of which the fastest counts: it is a bound that is looked for
 
 
@@ -42,14 +44,15 @@ def describe(dtype: str) -> dict[str, Any]:
     """
     device = jax.devices()[0]
     total = memory.total_bytes()
+    size, num_rows = _CPU_SIZES if device.platform == "cpu" else _OTHER_SIZES
     return {
         "platform": device.platform,
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": None if total is None else round(total / 1e9, 1),
         "system": platform.platform(terse=True),
-        "bandwidth_gb_s": _bandwidth() / 1e9,
-        "matmul_gflop_s": _matmul_rate(dtype) / 1e9,
+        "bandwidth_gb_s": _bandwidth(size) / 1e9,
+        "matmul_gflop_s": _matmul_rate(num_rows, dtype) / 1e9,
         "versions": {"python": platform.python_version(), **_versions()},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)},
     }
@@ -74,36 +77,32 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _bandwidth() -> float:
+def _bandwidth(size: int) -> float:
     """Bytes per second: the better of reading an array and of updating one in place.
 
     In place, as the first touch of new memory costs more than the copying.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    size = 2**26 if on_cpu else 2**29  # 256 MB or 2 GB: larger than any cache
-    x = jax.block_until_ready(jnp.ones(size, jnp.float32))
-    read = _fastest(jax.jit(jnp.sum).lower(x).compile(), x)
-
-    update = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        x = jax.block_until_ready(update(x))
-        seconds.append(time.perf_counter() - start)
-    return max(4 * size / read, 8 * size / min(seconds))
+    x = jnp.ones(size, jnp.float32)
+    num_bytes = x.nbytes
+    read = _fastest(jnp.sum, x)
+    update = _fastest(lambda x: x + 1, x, in_place=True)
+    return max(num_bytes / read, 2 * num_bytes / update)
 
 
-def _matmul_rate(dtype: str) -> float:
+def _matmul_rate(n: int, dtype: str) -> float:
     """Operations per second of a square product of matrices at JAX's default precision."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
-    return 2 * n**3 / _fastest(jax.jit(jnp.matmul).lower(x, x).compile(), x, x)
+    return 2 * n**3 / _fastest(jnp.matmul, x, x)
 
 
-def _fastest(function: Callable[..., Any], *args: jax.Array) -> float:
+def _fastest(function: Callable[..., Any], *args: jax.Array, in_place: bool = False) -> float:
+    """Seconds of the fastest of several calls, which take the place of their argument or do not."""
+    compiled = jax.jit(function, donate_argnums=(0,) if in_place else ()).lower(*args).compile()
     seconds = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(function(*args))
+        result = jax.block_until_ready(compiled(*args))
         seconds.append(time.perf_counter() - start)
+        if in_place:
+            args = (result,)
     return min(seconds)

@@ -1,12 +1,11 @@
 """Other people's implementations: which there are, which are installed, how to get the others."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import candidates
 from benchmarks.candidates import Candidate
-from benchmarks.cases import Model
+from benchmarks.cases import Bench, Model
 
 
 class Checkouts(NamedTuple):
@@ -31,7 +30,7 @@ class Checkouts(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A peer that is not measured, and why."""
+    """A peer, or a part of the sweep, that is not measured, and why."""
 
     name: str
     reason: str
@@ -43,64 +42,47 @@ class _Peer(NamedTuple):
     Attributes:
       how_to_install: in one line.
       whats: of `cases.WHATS`, what it can be measured in.
-      load: makes the candidate.
+      how_to_clone: in one line, if it is no package.
     """
 
     how_to_install: str
-    whats: tuple[str, ...]
-    load: Callable[[str, Model, Checkouts], Candidate]
-
-
-def _alphafold(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    return candidates.alphafold(what, model)
-
-
-def _alphafold_multimer(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    return candidates.alphafold_multimer(model)
-
-
-def _lucidrains(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    from benchmarks import torch_peers  # imports torch
-
-    return torch_peers.lucidrains(model)
-
-
-def _esmfold(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    from benchmarks import torch_peers
-
-    return torch_peers.esmfold(model)
-
-
-def _openfold(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    if checkouts.openfold is None:
-        raise NotImplementedError(
-            "git clone https://github.com/aqlaboratory/openfold and give --openfold PATH"
-        )
-    from benchmarks import torch_peers
-
-    return torch_peers.openfold(model, checkouts.openfold)
-
-
-def _flash_ipa(what: str, model: Model, checkouts: Checkouts) -> Candidate:
-    if checkouts.flash_ipa is None:
-        raise NotImplementedError(
-            "on a machine with a GPU, pip install flash-attn einops beartype jaxtyping scipy, "
-            "git clone https://github.com/flagshippioneering/flash_ipa and give --flash-ipa PATH"
-        )
-    from benchmarks import torch_peers
-
-    return torch_peers.flash_ipa(model, checkouts.flash_ipa)
+    whats: tuple[str, ...] = ("module",)
+    how_to_clone: str = ""
 
 
 _ALPHAFOLD = "pip install 'alphafold-colabfold>=2.3.27' 'colabfold-kernels>=0.9'"
 _PEERS = {
-    "alphafold": _Peer(_ALPHAFOLD, ("module", "structure_module"), _alphafold),
-    "alphafold_multimer": _Peer(_ALPHAFOLD, ("module",), _alphafold_multimer),
-    "lucidrains": _Peer("pip install torch invariant-point-attention", ("module",), _lucidrains),
-    "openfold": _Peer("pip install torch scipy modelcif", ("module",), _openfold),
-    "esmfold": _Peer("pip install torch transformers", ("module",), _esmfold),
-    "flash_ipa": _Peer("pip install torch", ("module",), _flash_ipa),
+    "alphafold": _Peer(_ALPHAFOLD, ("module", "structure_module")),
+    "alphafold_multimer": _Peer(_ALPHAFOLD),
+    "lucidrains": _Peer("pip install torch invariant-point-attention"),
+    "openfold": _Peer(
+        "pip install torch scipy modelcif",
+        how_to_clone="git clone https://github.com/aqlaboratory/openfold and give --openfold PATH",
+    ),
+    "esmfold": _Peer("pip install torch transformers"),
+    "flash_ipa": _Peer(
+        "pip install torch",
+        how_to_clone="on a machine with a GPU, pip install flash-attn einops beartype jaxtyping "
+        "scipy, git clone https://github.com/flagshippioneering/flash_ipa and give "
+        "--flash-ipa PATH",
+    ),
 }
+
+
+def load(what: str, bench: Bench, checkouts: Checkouts) -> list[Candidate | Missing]:
+    """This project's implementations and the peers in `what`, or why there are none.
+
+    The paths in `checkouts` have been checked.
+    """
+    if obstacle := bench.obstacle(what):
+        return [Missing(what, obstacle)]
+    model = bench.sized_model()
+    try:
+        ours = candidates.all_ours(what, model, bench.implementations)
+    except ModuleNotFoundError as error:  # the structure module is AF2's
+        return [Missing(what, f"needs {error.name}: {_ALPHAFOLD}")]
+    peers = [load_peer(name, what, model, checkouts) for name in bench.peers]
+    return [*ours, *(peer for peer in peers if peer is not None)]
 
 
 def load_peer(
@@ -113,8 +95,18 @@ def load_peer(
     peer = _PEERS[name]
     if what not in peer.whats:
         return None
+    checkout = getattr(checkouts, name, None)
+    if peer.how_to_clone and checkout is None:
+        return Missing(name, peer.how_to_clone)
     try:
-        return peer.load(what, model, checkouts)
+        if name == "alphafold":
+            return candidates.alphafold(what, model)
+        if name == "alphafold_multimer":
+            return candidates.alphafold_multimer(model)
+        from benchmarks import torch_peers  # imports torch
+
+        make = getattr(torch_peers, name)
+        return make(model) if checkout is None else make(model, checkout)
     except ModuleNotFoundError as error:
         return Missing(name, f"needs {error.name}: {peer.how_to_install}")
     except NotImplementedError as error:

@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+from benchmarks.report import MODE_TITLES
 from benchmarks.results import Results, Row
 
-_TITLES = {"core": "core", "module": "module", "structure_module": "structure module"}
-_MODE_TITLES = {"forward": "forward", "grad": "gradient"}
 _MARKERS = "osD^vP*X<>"
 
 
@@ -49,11 +48,11 @@ def figure(results: Results) -> Figure:
         for mode, ax in zip(modes, axes):
             rows = [row for row in timed if (row.what, row.mode) == (what, mode)]
             _draw_times(ax, rows, labels)
-            ax.set_title(f"{_TITLES[what]}: {_MODE_TITLES[mode]}")
+            ax.set_title(f"{what.replace('_', ' ')}: {MODE_TITLES[mode]}")
         # Also of what was compiled and then did not fit.
         rows = [row for row in results.rows if (row.what, row.mode) == (what, modes[-1])]
         _draw_memory(axes[-1], rows, labels)
-        axes[-1].set_title(f"{_TITLES[what]}: memory, {_MODE_TITLES[modes[-1]]}")
+        axes[-1].set_title(f"{what.replace('_', ' ')}: memory, {MODE_TITLES[modes[-1]]}")
     handles: dict[str, Artist] = {}
     for ax in grid.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))

@@ -1,6 +1,7 @@
-"""Random inputs and weights of what is measured: fresh normal numbers, never zeros."""
+"""Random inputs and weights of what is measured, fresh normal numbers, and the loss."""
 
 import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ import numpy as np
 
 from benchmarks.cases import Model
 from ipa_haiku import FactorizedPair, InvariantPointAttention, QuatAffine
-from ipa_haiku.attention.base import LogitScales
+from ipa_haiku.attention.types import LogitScales
 from ipa_haiku.testing import random_frames
 
 # Weights of the output are drawn, too: AF2's initial zeros would let XLA and the error do nothing.
 GLOBAL_CONFIG = types.SimpleNamespace(zero_init=False, deterministic=True)
+
+LOSS = "squared distance"  # what results call `squared_distance`
 
 
 class Problem(NamedTuple):
@@ -25,12 +28,26 @@ class Problem(NamedTuple):
     Attributes:
       differentiable: pytrees by name; the gradient has the same names.
       constant: pytrees by name that have no gradient.
-      cotangent: of the result, random: the gradient is that of <cotangent, result>.
+      target: of the result, random: the loss is the squared distance to it.
     """
 
     differentiable: dict[str, Any]
     constant: dict[str, Any]
-    cotangent: Any
+    target: Any
+
+
+def squared_distance(output: Any, target: Any) -> jax.Array:
+    """The loss: sum of (output - target)² over all arrays, in float32 at least.
+
+    Its gradient waits for the output, as that of a model's loss does; that of a loss linear in the
+    output would not, and leaves out of the forward pass what only the output needs.
+    """
+
+    def of_array(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(jnp.float32, x)
+        return jnp.sum(jnp.square(x.astype(dtype) - y.astype(dtype)))
+
+    return jax.tree.reduce(operator.add, jax.tree.map(of_array, output, target))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -48,35 +65,38 @@ def make_problem(what: str, model: Model, n: int, dtype: str, key: jax.Array) ->
     return makers[what](model, n, jnp.dtype(dtype), key)
 
 
+def core_scales(model: Model) -> LogitScales:
+    """The monomer's factors of the logit terms (Suppl. Alg. 22, line 7)."""
+    return LogitScales(scalar=(3 * model.ipa.num_scalar_qk) ** -0.5, pair=3**-0.5)
+
+
 def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     ipa, keys = model.ipa, jax.random.split(key, 3)
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
 
     def points(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((n, ipa.num_head, count, 3), jnp.float32)
 
-    head_and_qk = (n, ipa.num_head, ipa.num_scalar_qk)
-    differentiable, cotangent = _normals(
+    scalar_qk, scalar_v = ((n, ipa.num_head, c) for c in (ipa.num_scalar_qk, ipa.num_scalar_v))
+    differentiable, target = _normals(
         (
             {
-                "q_scalar": array(*head_and_qk),
-                "k_scalar": array(*head_and_qk),
-                "v_scalar": array(n, ipa.num_head, ipa.num_scalar_v),
+                "q_scalar": array(scalar_qk),
+                "k_scalar": array(scalar_qk),
+                "v_scalar": array(scalar_v),
                 "q_point": points(ipa.num_point_qk),
                 "k_point": points(ipa.num_point_qk),
                 "v_point": points(ipa.num_point_v),
                 # Together, as the bias's gradient is zero but for rounding: softmax cancels it.
                 "weights": {
-                    "pair_weights": array(model.pair_channel, ipa.num_head),
-                    "pair_bias": array(ipa.num_head),
+                    "pair_weights": array((model.pair_channel, ipa.num_head)),
+                    "pair_bias": array((ipa.num_head,)),
                 },
             },
             {
-                "scalar": array(n, ipa.num_head, ipa.num_scalar_v),
+                "scalar": array(scalar_v),
                 "point": points(ipa.num_point_v),
-                "pair": array(n, ipa.num_head, model.pair_channel),
+                "pair": array((n, ipa.num_head, model.pair_channel)),
             },
         ),
         keys[0],
@@ -91,7 +111,7 @@ def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     weights["pair_weights"] /= model.pair_channel**0.5
     # The monomer's scale of squared distances (Suppl. Alg. 22, line 7) at softplus(w) = 1.
     weights["point_weights"] = jnp.full(ipa.num_head, (3 * ipa.num_point_qk * 4.5) ** -0.5)
-    return Problem(differentiable, {"mask": jnp.ones(n)}, cotangent)
+    return Problem(differentiable, {"mask": jnp.ones(n)}, target)
 
 
 def _normals(shapes: Any, key: jax.Array) -> Any:
@@ -106,6 +126,15 @@ def _normals(shapes: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
+def redrawn(initial: hk.Params, key: jax.Array) -> hk.Params:
+    """Parameters as AF2 initialises them, but that no normal number is cut off: one draw."""
+    return jax.tree.map(
+        lambda x, normal: normal / len(x) ** 0.5 if x.ndim > 1 else x,
+        initial,
+        _normals(initial, key),
+    )
+
+
 def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array | FactorizedPair:
     """The pair representation of `model.pair_rank`; its elements have variance 1."""
     if not model.pair_rank:
@@ -115,66 +144,45 @@ def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array |
     return FactorizedPair(left / model.pair_rank**0.5, right)
 
 
-def core_scales(model: Model) -> LogitScales:
-    """The monomer's factors of the logit terms (Suppl. Alg. 22, line 7)."""
-    return LogitScales(scalar=(3 * model.ipa.num_scalar_qk) ** -0.5, pair=3**-0.5)
-
-
 def _module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     keys = jax.random.split(key, 4)
-    inputs_1d, cotangent = _normals(
-        (
-            jax.ShapeDtypeStruct((n, model.single_channel), dtype),
-            jax.ShapeDtypeStruct((n, model.ipa.num_channel), dtype),
-        ),
-        keys[0],
-    )
-    frames = random_frames(keys[1], n, position_scale=model.position_scale)
-    differentiable = {
-        "parameters": module_parameters(model, dtype, keys[2]),
-        "inputs_1d": inputs_1d,
-        "inputs_2d": _pair(model, n, dtype, keys[3]),
-        "affine": frames.to_tensor(),
-    }
-    return Problem(differentiable, {"mask": jnp.ones((n, 1))}, cotangent)
-
-
-def module_parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Params:
-    """Parameters of the monomer module for activations of type `dtype`.
-
-    As AF2 initialises them, but that normal numbers are not cut off: all weights are one draw.
-    """
+    channels = (model.single_channel, model.ipa.num_channel)
+    inputs_1d, target = _normals([jax.ShapeDtypeStruct((n, c), dtype) for c in channels], keys[0])
 
     def call(inputs_1d: jax.Array, inputs_2d: jax.Array) -> Any:
         module = InvariantPointAttention(model.ipa, GLOBAL_CONFIG, implementation="reference")
         return module(inputs_1d, inputs_2d, jnp.ones((1, 1)), QuatAffine.identity(1))
 
     # One residue is enough: no parameter depends on N.
-    inputs_1d = jnp.zeros((1, model.single_channel), dtype)
-    inputs_2d = jnp.zeros((1, 1, model.pair_channel), dtype)
-    initial = hk.transform(call).init(key, inputs_1d, inputs_2d)
-    return jax.tree.map(
-        lambda x, normal: normal / len(x) ** 0.5 if x.ndim > 1 else x,
-        initial,
-        _normals(initial, key),
-    )
+    one = jnp.zeros((1, model.single_channel), dtype), jnp.zeros((1, 1, model.pair_channel), dtype)
+    differentiable = {
+        "parameters": redrawn(hk.transform(call).init(key, *one), keys[2]),
+        "inputs_1d": inputs_1d,
+        "inputs_2d": _pair(model, n, dtype, keys[3]),
+        "affine": random_frames(keys[1], n, position_scale=model.position_scale).to_tensor(),
+    }
+    return Problem(differentiable, {"mask": jnp.ones((n, 1))}, target)
 
 
 def _structure_module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     from benchmarks import structure_module  # imports alphafold
 
-    keys = jax.random.split(key, 6)
-    differentiable = {
-        "parameters": structure_module.parameters(model, dtype, keys[0]),
-        "single": jax.random.normal(keys[1], (n, model.single_channel), dtype),
-        "pair": jax.random.normal(keys[2], (n, n, model.pair_channel), dtype),
-    }
-    constant = {
-        "seq_mask": jnp.ones(n),
-        "aatype": jax.random.randint(keys[3], (n,), 0, structure_module.NUM_AMINO_ACIDS),
-    }
-    cotangent = {
-        "act": jax.random.normal(keys[4], (n, model.ipa.num_channel), dtype),
-        "affine": jax.random.normal(keys[5], (model.num_layer, n, 7)),
-    }
-    return Problem(differentiable, constant, cotangent)
+    keys = jax.random.split(key, 3)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    representations, target = _normals(
+        (
+            {
+                "single": array((n, model.single_channel)),
+                "pair": array((n, n, model.pair_channel)),
+            },
+            {
+                "act": array((n, model.ipa.num_channel)),
+                "affine": jax.ShapeDtypeStruct((model.num_layer, n, 7), jnp.float32),
+            },
+        ),
+        keys[0],
+    )
+    parameters = structure_module.parameters(model, dtype, keys[1])
+    aatype = jax.random.randint(keys[2], (n,), 0, structure_module.NUM_AMINO_ACIDS)
+    constant = {"seq_mask": jnp.ones(n), "aatype": aatype}
+    return Problem({"parameters": parameters, **representations}, constant, target)

@@ -19,7 +19,7 @@ _TITLES = {
     "module": "Haiku module",
     "structure_module": "AlphaFold 2's structure module with the module in it",
 }
-_MODE_TITLES = {"forward": "forward", "grad": "gradient"}
+MODE_TITLES = {"forward": "forward", "grad": "gradient"}
 
 
 def machine(results: Results) -> str:
@@ -75,6 +75,8 @@ def tables(results: Results) -> str:
         "\n".join([f"{_TITLES[what]}, N = {n}, {dtype}", *_rows_table(list(rows), what)])
         for (what, n, dtype), rows in groups
     ]
+    if note := _loss_note(results):
+        blocks.append(note)
     if results.missing:
         blocks.append(
             "\n".join(["Left out:", *(f"  {x['name']}: {x['reason']}" for x in results.missing)])
@@ -84,22 +86,46 @@ def tables(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
+def _loss_note(results: Results) -> str:
+    """What the gradient is; nothing where there is none, or for files that do not say."""
+    has_gradient = any(row.mode == "grad" for row in results.rows)
+    if not has_gradient or results.loss == "linear":
+        return ""
+    return f"{MODE_TITLES['grad']}: value and gradient of a {results.loss} to a target."
+
+
+def _base(what: str) -> str:
+    return "reference" if what == "core" else "AlphaFold 2"
+
+
 def _rows_table(rows: Sequence[Row], what: str) -> list[str]:
-    base = "reference" if what == "core" else "AlphaFold 2"
     header = [
-        "implementation", "", "median ms", "quartiles", "compile s", f"speed ({base} = 1)",
+        "implementation", "", "median ms", "quartiles", "compile s", f"speed ({_base(what)} = 1)",
         "temp MB", "error", "roofline",
     ]  # fmt: skip
     lines = _table(header, [_cells(row) for row in rows])
     notes = dict.fromkeys(f"  {row.label}: {row.note}" for row in rows if row.note)
-    return [*lines, *notes]
+    return [*lines, *notes, *_errors_table(rows)]
+
+
+def _errors_table(rows: Sequence[Row]) -> list[str]:
+    """The errors of each group, where there are several."""
+    several = [(row, row.errors) for row in rows if row.errors and len(row.errors) > 1]
+    if not several:
+        return []
+    groups = list(several[0][1])
+    cells = [
+        [row.label, MODE_TITLES[row.mode], *(_number(errors[name], "{:.1e}") for name in groups)]
+        for row, errors in several
+    ]
+    return _table(["errors", "", *groups], cells)
 
 
 def _cells(row: Row) -> list[str]:
     is_timed = row.median_ms is not None
     return [
         row.label,
-        _MODE_TITLES[row.mode],
+        MODE_TITLES[row.mode],
         _number(row.median_ms) if is_timed else row.status,
         f"{_number(row.q1_ms)} to {_number(row.q3_ms)}" if is_timed else _MISSING,
         _number(row.compile_s, "{:.1f}"),
@@ -117,7 +143,7 @@ def cost(target: str, rows: Sequence[CostRow]) -> str:
         [
             str(row.n),
             row.label,
-            _MODE_TITLES[row.mode],
+            MODE_TITLES[row.mode],
             _megabytes(row.temp_bytes),
             row.note or _number(row.traffic, "{:.1f}"),
         ]
@@ -136,33 +162,28 @@ def markdown(results: Results, source: str | None) -> str:
     blocks = []
     for what, rows in itertools.groupby(results.rows, key=lambda row: row.what):
         blocks.append(_markdown_table(list(rows), what))
-    m, versions = results.machine, results.machine["versions"]
+    m, rank = results.machine, results.settings.get("pair_rank")
     environment = f", with `{_environment(m)}`" if _environment(m) else ""
-    blocks.append(
-        f"Medians on {_machine_name(m)}; jax {versions['jax']}, {results.settings['dtype']}, "
+    footer = [
+        f"Medians on {_machine_name(m)}; jax {m['versions']['jax']}, {results.settings['dtype']}, "
         f"{results.date[:10]}{environment}. Errors are largest errors against float64 over the "
-        "largest element; of a gradient, the worst of parameters, inputs and frames."
-        + _pair_note(results)
-        + (f" Generated from `{source}`." if source else "")
-    )
-    return "\n\n".join(blocks)
-
-
-def _pair_note(results: Results) -> str:
-    rank = results.settings.get("pair_rank")
-    return f" `inputs_2d` is given as factors of rank {rank}." if rank else ""
+        "largest element; of a gradient, the worst of parameters, inputs and frames.",
+        _loss_note(results).capitalize(),
+        f"`inputs_2d` is given as factors of rank {rank}." if rank else "",
+        f"Generated from `{source}`." if source else "",
+    ]
+    return "\n\n".join([*blocks, " ".join(filter(None, footer))])
 
 
 def _markdown_table(rows: Sequence[Row], what: str) -> str:
-    base = "reference" if what == "core" else "AlphaFold 2"
     modes = list(dict.fromkeys(row.mode for row in rows))
     columns: dict[str, Callable[[Row], str]] = {
         "time (ms)": lambda row: _number(row.median_ms) if row.median_ms else row.status,
-        f"speed ({base} = 1)": lambda row: _number(row.speedup, "{:.1f}"),
+        f"speed ({_base(what)} = 1)": lambda row: _number(row.speedup, "{:.1f}"),
         "temporary memory (MB)": lambda row: _megabytes(row.temp_bytes),
         "error": lambda row: _number(row.error, "{:.0e}"),
     }
-    title = f"{_TITLES[what]}: {' / '.join(_MODE_TITLES[mode] for mode in modes)}"
+    title = f"{_TITLES[what]}: {' / '.join(MODE_TITLES[mode] for mode in modes)}"
     lines = [["N", title, *columns], ["---:", "---", *["---:"] * len(columns)]]
     order = list(dict.fromkeys(row.label for row in rows))
     rows = sorted(rows, key=lambda row: (row.n, order.index(row.label), modes.index(row.mode)))

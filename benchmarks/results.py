@@ -42,6 +42,7 @@ class Row:
       error: largest error relative to the largest element, against float64; of a gradient, the
         worst of its groups.
       roofline: fraction of the speed that the machine's rates would allow.
+      errors: the errors of all groups, None for one that is not finite.
     """
 
     what: str
@@ -61,6 +62,7 @@ class Row:
     speedup: float | None = None
     error: float | None = None
     roofline: float | None = None
+    errors: dict[str, float | None] | None = None
 
     @property
     def key(self) -> tuple[str, int, str, str, str]:
@@ -80,6 +82,8 @@ class Results:
       missing: peers that were left out, {"name": ..., "reason": ...}.
       rows: what was measured.
       is_complete: whether the run reached its end.
+      loss: whose gradient was measured; in files that do not say so, <cotangent, output>, linear
+        in the output, and without its value.
     """
 
     date: str
@@ -89,6 +93,7 @@ class Results:
     missing: list[dict[str, str]] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
     is_complete: bool = False
+    loss: str = "linear"
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON file in one step: there is never half of one.
@@ -148,29 +153,16 @@ def regressions(old: Iterable[Row], new: Iterable[Row], margin: float) -> list[s
     """
     before, found = {row.key: row for row in old}, []
     for row in new:
-        if row.key not in before:
+        reference = before.get(row.key)
+        if reference is None:
             continue
-        reference = before[row.key]
         name = f"{row.what} N={row.n} {row.dtype} {row.mode} {row.label}"
         if reference.status == "ok" and row.status != "ok":
             found.append(f"{name}: {row.status}, was ok")
-        if _is_slower(reference, row, margin):
-            found.append(
-                f"{name}: {row.median_ms:.3g} ms, was {reference.median_ms:.3g} ms "
-                f"({row.median_ms / reference.median_ms:.2f} times)"  # type: ignore[operator]
-            )
-        old_bytes, new_bytes = reference.temp_bytes, row.temp_bytes
-        if old_bytes and new_bytes and new_bytes > (1 + MEMORY_MARGIN) * old_bytes:
-            found.append(
-                f"{name}: {new_bytes / 1e6:.1f} MB of temporary memory, "
-                f"was {old_bytes / 1e6:.1f} MB"
-            )
+        was, now = reference.median_ms, row.median_ms
+        if was and now and now > (1 + margin) * was and row.q1_ms > reference.q3_ms:  # type: ignore[operator]
+            found.append(f"{name}: {now:.3g} ms, was {was:.3g} ms ({now / was:.2f} times)")
+        was, now = reference.temp_bytes, row.temp_bytes
+        if was and now and now > (1 + MEMORY_MARGIN) * was:
+            found.append(f"{name}: {now / 1e6:.1f} MB of temporary memory, was {was / 1e6:.1f} MB")
     return found
-
-
-def _is_slower(old: Row, new: Row, margin: float) -> bool:
-    if old.median_ms is None or new.median_ms is None:
-        return False
-    assert old.q3_ms is not None
-    assert new.q1_ms is not None
-    return new.median_ms > (1 + margin) * old.median_ms and new.q1_ms > old.q3_ms

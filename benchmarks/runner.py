@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from benchmarks import candidates, checks, memory, roofline
-from benchmarks.candidates import Candidate, Groups
+from benchmarks import candidates, checks, memory, problems, roofline
+from benchmarks.candidates import Candidate, Groups, Prepared
 from benchmarks.cases import Bench
 from benchmarks.memory import OutOfMemory
-from benchmarks.peers import Checkouts, Missing, load_peer
+from benchmarks.peers import Checkouts, Missing, load
 from benchmarks.problems import Problem, make_problem
 from benchmarks.results import Results, Row
 from benchmarks.timing import Stopwatch, interleave, summarize
@@ -46,36 +47,85 @@ class _Expected(NamedTuple):
 
 
 class _Entry:
-    """A candidate on its way through a case."""
+    """A candidate on its way through a case: compiled, checked, judged, timed, or out."""
 
     def __init__(self, candidate: Candidate, case: _Case, dtype: str):
         self.candidate = candidate
+        self.prepared: Prepared | None = None
+        self.errors: dict[str, float] = {}  # by group, if it was checked
         self.stopwatch: Stopwatch | None = None
         self.row = Row(*case[:2], dtype, case.mode, candidate.name, candidate.label)
 
-    def attempt(self, step: Callable[[], None]) -> None:
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
         """Takes a step unless the candidate is out; running out of memory puts it out."""
         if self.row.status != "ok":
             return
         try:
-            outcome = memory.attempt(step)
+            outcome = memory.attempt(functools.partial(step, *args))
         except NotImplementedError as error:
             self.fail("unsupported", str(error))
         else:
             if isinstance(outcome, OutOfMemory):
                 self.fail("out of memory", outcome.note)
 
+    def fail(self, status: str, note: str) -> None:
+        self.set(status=status, note=note)
+        self.prepared = self.stopwatch = None  # the others may need the memory
+
+    def set(self, **fields: Any) -> None:
+        self.row = dataclasses.replace(self.row, **fields)
+
+    def prepare(self, copies: list[Problem], expected: _Expected | OutOfMemory) -> None:
+        """Compiles, and finds the errors."""
+        self.prepared = prepared = self.candidate.prepare(copies, self.row.mode)
+        self.set(compile_s=prepared.compile_seconds, temp_bytes=prepared.temp_bytes)
+        memory.check_fits(prepared.required_bytes, "it")
+        if not self.candidate.is_exact:
+            self.set(note="computes another function: not checked")
+        elif isinstance(expected, OutOfMemory):
+            self.set(note=f"not checked: {expected.note}")
+        else:
+            groups = prepared.groups(prepared.start(0))
+            right = self.candidate.in_layout(expected.groups)
+            self.errors = checks.group_errors(groups, right)
+            if expected.is_float64:
+                # There is no infinity in JSON.
+                finite = {k: x if math.isfinite(x) else None for k, x in self.errors.items()}
+                worst = max(self.errors.values())
+                self.set(errors=finite, error=worst if math.isfinite(worst) else None)
+
+    def judge(self, own_errors: dict[str, float], limit: float) -> None:
+        """Puts the candidate out if it is wrong; notes where only AF2's own error excuses it."""
+        if wrong := checks.wrong_groups(self.errors, own_errors, limit):
+            self.fail("wrong", _off(self.errors, wrong, "allowed"))
+        elif beyond := checks.wrong_groups(self.errors, {}, limit):
+            own = {name: own_errors[name] for name in beyond}
+            self.set(note=f"ill-conditioned: {_off(self.errors, own, 'AlphaFold 2 by')}")
+
+    def warm_up(self, num_copies: int, min_sample_seconds: float, is_cpu: bool) -> None:
+        assert self.prepared is not None
+        self.stopwatch = Stopwatch(self.prepared, num_copies, min_sample_seconds, is_cpu)
+
     def sample(self) -> None:
         """Takes one timed sample unless the candidate is out."""
         if self.stopwatch is not None:
             self.attempt(self.stopwatch.sample)
 
-    def fail(self, status: str, note: str) -> None:
-        self.set(status=status, note=note)
-        self.stopwatch = None  # the others may need the memory
+    def finish(self, least_seconds: float) -> None:
+        """Enters the times if the candidate came through."""
+        if self.stopwatch is None:
+            return
+        summary = summarize(self.stopwatch.samples)
+        times = {f"{name}_ms": 1e3 * x for name, x in summary._asdict().items()}
+        roofline_ = least_seconds / summary.median
+        self.set(**times, samples=len(self.stopwatch.samples), roofline=roofline_)
 
-    def set(self, **fields: Any) -> None:
-        self.row = dataclasses.replace(self.row, **fields)
+
+def _off(errors: dict[str, float], others: dict[str, float], word: str) -> str:
+    return "; ".join(
+        f"{name} off by {errors[name]:.1e} of the largest element, {word} {other:.1e}"
+        for name, other in others.items()
+    )
 
 
 class Runner:
@@ -93,36 +143,33 @@ class Runner:
         self._model = bench.sized_model()
         self._is_cpu = machine["platform"] == "cpu"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.results = Results(date=now, machine=machine, settings=dataclasses.asdict(bench))
+        settings = dataclasses.asdict(bench)
+        self.results = Results(date=now, machine=machine, settings=settings, loss=problems.LOSS)
         self._field = {what: self._load(what, checkouts) for what in bench.what}
 
     def _load(self, what: str, checkouts: Checkouts) -> list[Candidate]:
-        """This project's implementations and the peers; missing ones are noted."""
-        field: list[Candidate] = [
-            *candidates.all_ours(what, self._model, self._bench.implementations)
-        ]
-        for name in self._bench.peers:
-            peer = load_peer(name, what, self._model, checkouts)
-            if isinstance(peer, Missing):
-                if peer._asdict() not in self.results.missing:
-                    self.results.missing.append(peer._asdict())
-            elif peer is not None:
-                field.append(peer)
+        """All that can be measured in `what`; what is missing is noted."""
+        field: list[Candidate] = []
+        for found in load(what, self._bench, checkouts):
+            if not isinstance(found, Missing):
+                field.append(found)
+            elif found._asdict() not in self.results.missing:
+                self.results.missing.append(found._asdict())
         return field
 
     def run(self, on_case: Callable[[], None]) -> None:
         """Measures everything; calls `on_case` whenever there are new rows."""
         bench = self._bench
-        steps = sum(len(field) + bench.repeats for field in self._field.values())
+        field = {what: candidates for what, candidates in self._field.items() if candidates}
+        steps = sum(len(candidates) + bench.repeats for candidates in field.values())
         steps *= len(bench.sizes) * len(bench.modes)
         with tqdm.tqdm(total=steps, disable=None, leave=False) as bar:
-            for what in bench.what:
-                for n in bench.sizes:
-                    copies = memory.attempt(functools.partial(self._make_copies, what, n))
-                    for mode in bench.modes:
-                        bar.set_description(f"{what} N={n} {mode}")
-                        self.results.rows += self._measure(_Case(what, n, mode), copies, bar.update)
-                        on_case()
+            for what, n in itertools.product(field, bench.sizes):
+                copies = memory.attempt(functools.partial(self._make_copies, what, n))
+                for mode in bench.modes:
+                    bar.set_description(f"{what} N={n} {mode}")
+                    self.results.rows += self._measure(_Case(what, n, mode), copies, bar.update)
+                    on_case()
 
     def _make_copies(self, what: str, n: int) -> list[Problem]:
         size = roofline.pair_bytes(self._model, n, self._bench.dtype)
@@ -138,24 +185,29 @@ class Runner:
         self, case: _Case, copies: list[Problem] | OutOfMemory, advance: Callable[[int], Any]
     ) -> list[Row]:
         """The rows of one case; tells `advance` the steps done."""
-        entries = [_Entry(c, case, self._bench.dtype) for c in self._field[case.what]]
+        bench, baseline = self._bench, self._baseline(case.what)
+        entries = [_Entry(c, case, bench.dtype) for c in self._field[case.what]]
         if isinstance(copies, OutOfMemory):
             for entry in entries:
                 entry.fail("out of memory", copies.note)
-            advance(len(entries) + self._bench.repeats)
+            advance(len(entries) + bench.repeats)
             return [entry.row for entry in entries]
 
         expected = memory.attempt(functools.partial(self._expected, case, copies[0]))
         for entry in entries:
-            entry.attempt(functools.partial(self._prepare, entry, case.mode, copies, expected))
+            entry.attempt(entry.prepare, copies, expected)
             advance(1)
+        self._judge(case, entries, copies[0], expected)
         del expected  # its memory
-        interleave(
-            [entry.sample for entry in entries], self._bench.repeats, on_round=lambda: advance(1)
+        for entry in entries:
+            entry.attempt(entry.warm_up, len(copies), 1e-3 * bench.min_sample_ms, self._is_cpu)
+        interleave([entry.sample for entry in entries], bench.repeats, lambda: advance(1))
+        least = roofline.least_seconds(
+            self.results.machine, case.what, self._model, case.n, bench.dtype, case.mode
         )
         for entry in entries:
-            self._finish(entry, case)
-        return _with_speedups([entry.row for entry in entries], self._baseline(case.what))
+            entry.finish(least)
+        return _with_speedups([entry.row for entry in entries], baseline)
 
     def _expected(self, case: _Case, problem: Problem) -> _Expected:
         """What the result must be, exact if the problem is small enough."""
@@ -164,68 +216,47 @@ class Runner:
         compute = checks.float64_result if is_float64 else checks.float32_result
         return _Expected(compute(reference, problem, case.mode), is_float64)
 
-    def _prepare(
+    def _judge(
         self,
-        entry: _Entry,
-        mode: str,
-        copies: list[Problem],
+        case: _Case,
+        entries: list[_Entry],
+        problem: Problem,
         expected: _Expected | OutOfMemory,
     ) -> None:
-        """Compiles, checks and warms up."""
-        prepared = entry.candidate.prepare(copies, mode)
-        entry.set(compile_s=prepared.compile_seconds, temp_bytes=prepared.temp_bytes)
-        memory.check_fits(prepared.required_bytes, "it")
-        if not entry.candidate.is_exact:
-            entry.set(note="computes another function: not checked")
-        elif isinstance(expected, OutOfMemory):
-            entry.set(note=f"not checked: {expected.note}")
-        else:
-            self._check(entry, prepared.groups(prepared.start(0)), expected)
-        if entry.row.status == "ok":
-            seconds = 1e-3 * self._bench.min_sample_ms
-            entry.stopwatch = Stopwatch(prepared, len(copies), seconds, self._is_cpu)
-
-    def _check(self, entry: _Entry, groups: Groups, expected: _Expected) -> None:
-        reference = dict(expected.groups)
-        if "parameters" in reference:
-            reference["parameters"] = entry.candidate.layout(reference["parameters"])
-        error = checks.largest_error(groups, reference)
+        """Puts out what is wrong, by AF2's own errors where the limit alone would not do."""
         limit = checks.error_limit(self._bench.dtype, self.results.machine["platform"])
-        if math.isfinite(error) and expected.is_float64:
-            entry.set(error=error)
-        if error > limit:
-            entry.fail("wrong", f"off by {error:.1e} of the largest element, allowed {limit:.0e}")
+        own_errors: dict[str, float] = {}
+        if any(checks.wrong_groups(entry.errors, {}, limit) for entry in entries):
+            assert isinstance(expected, _Expected)
+            own_errors = self._own_errors(case, entries, problem, expected)
+        for entry in entries:
+            entry.judge(own_errors, limit)
 
-    def _finish(self, entry: _Entry, case: _Case) -> None:
-        """Enters the times of a candidate that came through."""
-        if entry.stopwatch is None or entry.row.status != "ok":
-            return
-        samples = entry.stopwatch.samples
-        summary = summarize(samples)
-        least = roofline.least_seconds(
-            self.results.machine, case.what, self._model, case.n, self._bench.dtype, case.mode
-        )
-        entry.set(
-            median_ms=1e3 * summary.median,
-            q1_ms=1e3 * summary.q1,
-            q3_ms=1e3 * summary.q3,
-            samples=len(samples),
-            roofline=least / summary.median,
-        )
+    def _own_errors(
+        self, case: _Case, entries: list[_Entry], problem: Problem, expected: _Expected
+    ) -> dict[str, float]:
+        """AF2's errors in this case, or the reference's, which runs AF2's operations."""
+        found = {entry.row.implementation: entry.errors for entry in entries if entry.errors}
+        for name in (self._baseline(case.what), "reference"):
+            if name in found:
+                return found[name]
+        reference = candidates.reference(case.what, self._model)
+        compute = functools.partial(checks.float32_result, reference, problem, case.mode)
+        result = memory.attempt(compute)
+        if isinstance(result, OutOfMemory):
+            return {}
+        return checks.group_errors(result, expected.groups)
 
     def _baseline(self, what: str) -> str:
         """Name of the candidate that the others are compared with: AF2's, where it has one.
 
         AF2 has no function for the core alone; the reference runs AF2's operations in its order.
         """
-        if what == "core":
-            return "reference"
-        return "alphafold" if self._model.variant == "monomer" else "alphafold_multimer"
+        return "reference" if what == "core" else self._model.alphafold
 
 
 def _with_speedups(rows: list[Row], baseline: str) -> list[Row]:
-    medians = {row.implementation: row.median_ms for row in rows}
-    base = medians.get(baseline)
+    base = {row.implementation: row.median_ms for row in rows}.get(baseline)
     if base is None:
         return rows
     return [

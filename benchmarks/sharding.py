@@ -71,11 +71,11 @@ def _prepare(
 
 
 def _shardings(problem: Problem, mesh: jax.sharding.Mesh) -> Any:
-    """Rows of `inputs_2d` and of the cotangent on their devices, the rest on each."""
+    """Rows of `inputs_2d` and of the target on their devices, the rest on each."""
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("rows", None))
     shardings = jax.tree.map(lambda _: everywhere, problem)
     shardings.differentiable["inputs_2d"] = rows
-    return shardings._replace(cotangent=rows)
+    return shardings._replace(target=rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ They run eagerly, as their packages run them, on the device that JAX uses, with 
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -13,41 +14,39 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import torch
 
 from benchmarks import layouts
-from benchmarks.candidates import Groups, Prepared
+from benchmarks.candidates import Candidate, Groups, Prepared
 from benchmarks.cases import Model
 from benchmarks.problems import Problem
 from ipa_haiku.quat_affine import QUAT_TO_ROT
+from ipa_haiku.weights import to_openfold
 
 # Of module, inputs_1d [N, C_s], inputs_2d [N, N, C_z], rotation [N, 3, 3], translation [N, 3] and
 # mask [N].
 Call = Callable[..., torch.Tensor]
 
 
+_INPUTS = ("inputs_1d", "inputs_2d", "affine")
+
+
 @dataclasses.dataclass(frozen=True)
-class TorchCandidate:
-    """A PyTorch module; the attributes are `Candidate`'s but for those below.
+class TorchCandidate(Candidate):
+    """A PyTorch module; `layout` makes its state.
 
     Attributes:
       model: sizes.
       module: with any weights.
       call: runs it.
-      layout: from the monomer's parameters to the module's state.
     """
 
-    name: str
-    label: str
     model: Model
     module: torch.nn.Module
     call: Call
-    layout: Callable[[Any], dict[str, np.ndarray]]
-    is_exact: bool = True
 
     def prepare(self, copies: Sequence[Problem], mode: str) -> Prepared:
         """Loads weights and inputs; see `Candidate.prepare`."""
@@ -88,22 +87,20 @@ class TorchCandidate:
             return {"output": self._output(module, x)}
 
     def _gradient(self, module: torch.nn.Module, x: dict[str, torch.Tensor]) -> Groups:
-        inputs = {name: x[name].requires_grad_() for name in ("inputs_1d", "inputs_2d", "affine")}
-        parameters = dict(module.named_parameters())
-        loss = torch.sum(self._output(module, x) * x["cotangent"])
-        gradients = torch.autograd.grad(loss, [*parameters.values(), *inputs.values()])
-        of_parameters, of_inputs = gradients[: len(parameters)], gradients[len(parameters) :]
-        return {
-            "parameters": dict(zip(parameters, of_parameters)),
-            **dict(zip(inputs, of_inputs)),
-        }
+        module.zero_grad()
+        inputs = {name: x[name].detach().requires_grad_() for name in _INPUTS}
+        loss = torch.sum((self._output(module, x | inputs) - x["target"]) ** 2)
+        loss.backward()
+        parameters = {name: parameter.grad for name, parameter in module.named_parameters()}
+        gradients = {name: array.grad for name, array in inputs.items()}
+        return {"value": loss.detach(), "parameters": parameters, **gradients}
 
 
 def _to_torch(problem: Problem, device: torch.device) -> dict[str, torch.Tensor]:
     arrays = {
-        **{name: problem.differentiable[name] for name in ("inputs_1d", "inputs_2d", "affine")},
+        **{name: problem.differentiable[name] for name in _INPUTS},
         "mask": problem.constant["mask"],
-        "cotangent": problem.cotangent,
+        "target": problem.target,
         "quat_to_rot": QUAT_TO_ROT,
     }
     return {name: torch.tensor(np.asarray(x), device=device) for name, x in arrays.items()}
@@ -146,14 +143,8 @@ def lucidrains(model: Model) -> TorchCandidate:
         )
         return output[0]
 
-    return TorchCandidate(
-        "lucidrains",
-        "lucidrains",
-        model,
-        module,
-        call,
-        lambda parameters: layouts.to_lucidrains(parameters, model),
-    )
+    layout = functools.partial(layouts.to_lucidrains, model=model)
+    return TorchCandidate("lucidrains", "lucidrains", model, module, call, layout=layout)
 
 
 def openfold(model: Model, checkout: str) -> TorchCandidate:
@@ -161,25 +152,15 @@ def openfold(model: Model, checkout: str) -> TorchCandidate:
     with _packages_of_openfold(Path(checkout) / "openfold"):
         structure_module = importlib.import_module("openfold.model.structure_module")
         rigid_utils = importlib.import_module("openfold.utils.rigid_utils")
-    ipa = _openfold_sizes(model)
-    module = structure_module.InvariantPointAttention(
-        c_s=model.single_channel,
-        c_z=model.pair_channel,
-        c_hidden=ipa.num_scalar_qk,
-        no_heads=ipa.num_head,
-        no_qk_points=ipa.num_point_qk,
-        no_v_points=ipa.num_point_v,
-    )
-    has_point_projection = hasattr(structure_module, "PointProjection")
+    module = structure_module.InvariantPointAttention(**_openfold_sizes(model))
+    layout = "openfold" if hasattr(structure_module, "PointProjection") else "esmfold"
     return TorchCandidate(
         "openfold",
         "OpenFold",
         model,
         module,
         _call_openfold(rigid_utils),
-        lambda parameters: layouts.to_openfold(
-            parameters, points_suffix=".linear" if has_point_projection else ""
-        ),
+        layout=functools.partial(to_openfold, layout=layout),
     )
 
 
@@ -188,14 +169,14 @@ def esmfold(model: Model) -> TorchCandidate:
     from transformers.models.esm import modeling_esmfold, openfold_utils
     from transformers.models.esm.configuration_esm import StructureModuleConfig
 
-    ipa = _openfold_sizes(model)
+    sizes = _openfold_sizes(model)
     config = StructureModuleConfig(
-        sequence_dim=model.single_channel,
-        pairwise_dim=model.pair_channel,
-        ipa_dim=ipa.num_scalar_qk,
-        num_heads_ipa=ipa.num_head,
-        num_qk_points=ipa.num_point_qk,
-        num_v_points=ipa.num_point_v,
+        sequence_dim=sizes["c_s"],
+        pairwise_dim=sizes["c_z"],
+        ipa_dim=sizes["c_hidden"],
+        num_heads_ipa=sizes["no_heads"],
+        num_qk_points=sizes["no_qk_points"],
+        num_v_points=sizes["no_v_points"],
     )
     return TorchCandidate(
         "esmfold",
@@ -203,7 +184,7 @@ def esmfold(model: Model) -> TorchCandidate:
         model,
         modeling_esmfold.EsmFoldInvariantPointAttention(config),
         _call_openfold(openfold_utils),
-        layouts.to_openfold,
+        layout=functools.partial(to_openfold, layout="esmfold"),
     )
 
 
@@ -218,16 +199,8 @@ def flash_ipa(model: Model, checkout: str) -> TorchCandidate:
     flash = importlib.import_module("flash_ipa.ipa")
     create_rigid = importlib.import_module("flash_ipa.rigid").create_rigid
 
-    ipa, rank = _openfold_sizes(model), 2  # the rank of FlashIPA's own examples
-    config = flash.IPAConfig(
-        c_s=model.single_channel,
-        c_z=model.pair_channel,
-        c_hidden=ipa.num_scalar_qk,
-        no_heads=ipa.num_head,
-        z_factor_rank=rank,
-        no_qk_points=ipa.num_point_qk,
-        no_v_points=ipa.num_point_v,
-    )
+    rank = 2  # of FlashIPA's own examples
+    config = flash.IPAConfig(**_openfold_sizes(model), z_factor_rank=rank)
 
     def call(module, inputs_1d, inputs_2d, rotation, translation, mask):  # type: ignore[no-untyped-def]
         # Stand-ins for factors; they keep inputs_2d in the graph, so that a gradient exists.
@@ -237,17 +210,27 @@ def flash_ipa(model: Model, checkout: str) -> TorchCandidate:
 
     module = flash.InvariantPointAttention(config)
     torch.nn.init.normal_(module.linear_out.weight, std=module.linear_out.in_features**-0.5)
+    label = f"FlashIPA (rank {rank})"
     return TorchCandidate(
-        "flash_ipa", f"FlashIPA (rank {rank})", model, module, call, lambda _: {}, is_exact=False
+        "flash_ipa", label, model, module, call, layout=lambda _: {}, is_exact=False
     )
 
 
-def _openfold_sizes(model: Model) -> Any:
-    if model.ipa.num_scalar_qk != model.ipa.num_scalar_v:
+def _openfold_sizes(model: Model) -> dict[str, int]:
+    """Arguments of OpenFold's module and its descendants."""
+    ipa = model.ipa
+    if ipa.num_scalar_qk != ipa.num_scalar_v:
         raise NotImplementedError("its scalar queries and values have the same size")
-    if model.ipa.num_channel != model.single_channel:
+    if ipa.num_channel != model.single_channel:
         raise NotImplementedError("its output has as many channels as inputs_1d")
-    return model.ipa
+    return {
+        "c_s": model.single_channel,
+        "c_z": model.pair_channel,
+        "c_hidden": ipa.num_scalar_qk,
+        "no_heads": ipa.num_head,
+        "no_qk_points": ipa.num_point_qk,
+        "no_v_points": ipa.num_point_v,
+    }
 
 
 def _call_openfold(rigid_utils: types.ModuleType) -> Call:

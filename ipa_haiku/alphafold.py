@@ -6,7 +6,7 @@ import types
 from typing import Any
 
 from ipa_haiku import folding, folding_multimer
-from ipa_haiku.attention.api import select_implementation
+from ipa_haiku.attention.selection import select_implementation
 
 _CLASS = "InvariantPointAttention"
 _TWINS = {"folding": folding, "folding_multimer": folding_multimer}

@@ -1,7 +1,7 @@
 """What the monomer and the multimer module share: all but projections, scales and the norm."""
 
 import abc
-import functools
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,24 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ipa_haiku import rigid
-from ipa_haiku.attention import pallas_triton
-from ipa_haiku.attention.api import DEFAULT_MEMORY_BUDGET, attention_core, select_implementation
-from ipa_haiku.attention.base import (
+from ipa_haiku.attention import centering
+from ipa_haiku.attention.api import attention_core
+from ipa_haiku.attention.options import Options
+from ipa_haiku.attention.pair import StructuredPair, is_dense
+from ipa_haiku.attention.types import (
     AttentionTerms,
     IPAInputs,
     IPAOutput,
     LogitScales,
-    assert_floating,
-    assert_integer,
-    assert_shape,
+    as_mask,
     check_pair,
-    masked_center,
-    segment_center,
 )
-from ipa_haiku.attention.sharding import RowSharding
+from ipa_haiku.checks import assert_floating, assert_integer, assert_shape
 from ipa_haiku.common_modules import Linear
 from ipa_haiku.config import as_config
-from ipa_haiku.pair import StructuredPair, is_dense, num_channel
 from ipa_haiku.quat_affine import QuatAffine
 
 NUM_LOGIT_TERMS = 3  # scalar, point and pair, each given a third of the logits' variance
@@ -43,13 +40,7 @@ class BaseInvariantPointAttention(hk.Module):
         global_config: Any = None,
         dist_epsilon: float = 1e-8,
         name: str = "invariant_point_attention",
-        *,
-        implementation: str | None = None,
-        precision: jax.lax.PrecisionLike = None,
-        query_block: int | None = None,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        sharding: RowSharding | None = None,
-        kernel_config: pallas_triton.Config | None = None,
+        **options: Any,
     ):
         """Sets up the module; the first four arguments are AF2's.
 
@@ -61,30 +52,21 @@ class BaseInvariantPointAttention(hk.Module):
             monomer adds it to squared norms (squared units of translation), the multimer takes
             it as the smallest norm (units of translation).
           name: Haiku module name.
-          implementation: of the attention core, as in `invariant_point_attention`.
-          precision: of matrix products over scalar and pair channels, as in `jax.lax.dot`. With
-            'pallas', the output projection is a kernel if this and `sharding` are None and no
-            argument or parameter is float64; `hk.intercept_methods` then does not see a call of
-            `output_projection`.
-          query_block: rows at a time, as in `invariant_point_attention`.
-          memory_budget: in bytes, as in `invariant_point_attention`.
-          sharding: over devices, as in `invariant_point_attention`.
-          kernel_config: tunables of the kernels, `config` of `invariant_point_attention`.
+          **options: how to compute, keyword arguments of `invariant_point_attention`:
+            `implementation`, `precision` (also of the module's own matrix products, but those that
+            make points), `query_block`, `memory_budget`, `sharding`, `kernel_config`.
 
         Raises:
-          ValueError: if a size in `config` is missing or not a positive integer.
+          ValueError: if a size in `config` is missing or not a positive integer, or an option is
+            of no use.
+          TypeError: if there is no such option.
         """
         super().__init__(name=name)
         self.config = as_config(config)
         self.global_config = global_config
         self._zero_init = True if global_config is None else global_config.zero_init
         self._dist_epsilon = dist_epsilon
-        self._implementation = implementation
-        self._query_block = query_block
-        self._memory_budget = memory_budget
-        self._kernel_config = kernel_config
-        self._precision = precision
-        self._sharding = sharding
+        self._options = Options(**options)
 
     @abc.abstractmethod
     def _core_inputs(
@@ -120,85 +102,47 @@ class BaseInvariantPointAttention(hk.Module):
         return_attention: bool,
     ) -> jax.Array | tuple[jax.Array, AttentionTerms]:
         rotation, translation = rigid.to_rotation_translation(frames, frames_name)
+        mask = as_mask("mask", mask)
         _check_inputs(inputs_1d, inputs_2d, mask, rotation, frames_name, segment_ids)
         mask = mask[..., 0]
-        *batch, num_residue = mask.shape
-        select = functools.partial(
-            select_implementation,
-            (*batch, self.config.num_head, num_residue, num_residue),
-            implementation=self._implementation,
-            query_block=self._query_block,
-            memory_budget=self._memory_budget,
-            return_attention=return_attention,
-            sharding=self._sharding,
-            pair_channel=num_channel(inputs_2d),
-            config=self._kernel_config,
-        )
-        # Whether that is 'reference' does not depend on a dtype, which is not known yet.
-        is_centered = select().implementation != "reference"
-        if is_centered:
-            # Differences of float16 coordinates may be infinite.
-            rotation, translation = (
-                x.astype(jnp.result_type(x, jnp.float32)) for x in (rotation, translation)
-            )
-            # Global coordinates lose digits far from the origin; moving all frames of a segment
-            # changes nothing else.
-            if segment_ids is None:
-                center = masked_center(translation, mask)[..., None, :]
-            else:
-                if self._sharding is not None:
-                    segment_ids = self._sharding.on_every_device(segment_ids)
-                center = segment_center(translation, mask, segment_ids, segment_ids)
-            translation = translation - center
+        options = dataclasses.replace(self._options, return_attention=return_attention)
+        if not options.is_reference:
+            rotation, translation = self._at_center(rotation, translation, mask, segment_ids)
         frames = rigid.to_quat_affine(rotation, translation)
         inputs = self._core_inputs(inputs_1d, inputs_2d, mask, frames)
         inputs = inputs._replace(q_segment_ids=segment_ids, k_segment_ids=segment_ids)
-        result = attention_core(
-            inputs,
-            self._logit_scales(),
-            implementation=self._implementation,
-            precision=self._precision,
-            query_block=self._query_block,
-            memory_budget=self._memory_budget,
-            return_attention=return_attention,
-            sharding=self._sharding,
-            config=self._kernel_config,
-            is_centered=is_centered,
-        )
+        is_centered = not options.is_reference
+        result = attention_core(inputs, self._logit_scales(), options, is_centered=is_centered)
         # By indexing: the gradient of a split moves more memory on GPUs.
         point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
         features = _output_features(result, point_local, self._norm(point_local))
-        implementation = select(dtype=inputs.logits_dtype).implementation
-        output = self._project(features, inputs_1d.dtype, implementation)
-        return output if result.attention is None else (output, result.attention)
-
-    @hk.transparent
-    def _project(self, features: Sequence[jax.Array], dtype: Any, implementation: str) -> jax.Array:
-        """The output projection [..., N, num_channel] (line 11).
-
-        Args:
-          features: [..., N, channels] each.
-          dtype: of `inputs_1d`, and so of new parameters.
-          implementation: of the core.
-        """
-        projection = Linear(
+        output = Linear(
             self.config.num_channel,
             initializer="zeros" if self._zero_init else "linear",
-            precision=self._precision,
+            precision=options.precision,
             name="output_projection",
+        )(features.astype(inputs_1d.dtype))
+        return output if result.attention is None else (output, result.attention)
+
+    def _at_center(
+        self,
+        rotation: jax.Array,
+        translation: jax.Array,
+        mask: jax.Array,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The frames, each segment's moved to the origin, where coordinates have the most digits.
+
+        Nothing but rounding depends on it, as all frames that see each other move alike.
+        """
+        # Differences of float16 coordinates may be infinite.
+        rotation, translation = (
+            x.astype(jnp.result_type(x, jnp.float32)) for x in (rotation, translation)
         )
-        shape = (*features[0].shape[:-1], sum(x.shape[-1] for x in features))
-        weights, bias = projection.weights_and_bias(jax.ShapeDtypeStruct(shape, dtype))
-        assert bias is not None
-        # Where parameters are wider than inputs_1d, so is what they multiply.
-        dtype = jnp.result_type(dtype, weights)
-        features = [x.astype(dtype) for x in features]
-        is_kernel = implementation == "pallas" and dtype != jnp.float64
-        # A kernel runs on one device, and at the default precision.
-        if is_kernel and self._precision is None and self._sharding is None:
-            weights, bias = weights.astype(dtype), bias.astype(dtype)
-            return pallas_triton.project(features, weights, bias, config=self._kernel_config)
-        return projection(jnp.concatenate(features, axis=-1))
+        sharding = self._options.sharding
+        if sharding is not None and segment_ids is not None:
+            segment_ids = sharding.on_every_device(segment_ids)
+        return rotation, translation - centering.center(translation, mask, segment_ids)
 
     def _global_points(
         self, frames: QuatAffine, local: Sequence[Sequence[jax.Array]]
@@ -277,18 +221,17 @@ def _check_inputs(
 
 def _output_features(
     result: IPAOutput, point_local: Sequence[jax.Array], norm: jax.Array
-) -> list[jax.Array]:
-    """What the output projection reads (line 11), in all [..., N, H*(Cv + 4*Pv + C_z)].
+) -> jax.Array:
+    """What the output projection reads (line 11), [..., N, H*(Cv + 4*Pv + C_z)].
+
+    In AF2's order: scalar, local x, local y, local z, norm, pair (if any).
 
     Args:
       result: of the attention core.
       point_local: components of the output points in the local frames, three of [..., N, H, Pv].
       norm: [..., N, H, Pv] their norms.
-
-    Returns:
-      The features in AF2's order: scalar, local x, local y, local z, norm, pair (if any).
     """
     parts = [result.scalar, *point_local, norm]
     if result.pair is not None:
         parts.append(result.pair)
-    return [x.reshape(*x.shape[:-2], -1) for x in parts]
+    return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku.attention.base import assert_floating
+from ipa_haiku.checks import assert_floating
 
 # Standard deviation of a unit normal cut off at two standard deviations. The initialiser samples
 # such a normal, so dividing by this restores the variance asked for. Rounded to float32 as AF2

@@ -1,10 +1,11 @@
 """Model sizes under AlphaFold 2's names."""
 
 import dataclasses
-import operator
 import os
 import tomllib
 from typing import Any, Self
+
+from ipa_haiku.checks import positive_integer
 
 _SIZES = (
     "num_head",
@@ -84,19 +85,3 @@ def as_config(config: Any) -> IPAConfig:
                 f"{type(config).__name__}."
             )
     return IPAConfig(**{name: getattr(config, name) for name in _SIZES})
-
-
-def positive_integer(name: str, value: Any, least: int = 1) -> int:
-    """`value`, an integer of Python, NumPy or JAX, as one of Python.
-
-    Raises:
-      ValueError: naming it, if it is anything else or less than `least`.
-    """
-    kind = "a positive integer" if least == 1 else f"an integer, at least {least}"
-    try:
-        size = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        size = 0
-    if size < least:
-        raise ValueError(f"{name} must be {kind}, got {value!r}.")
-    return size

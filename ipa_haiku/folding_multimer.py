@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku.attention.base import AttentionTerms, IPAInputs, LogitScales
+from ipa_haiku.attention.pair import StructuredPair
+from ipa_haiku.attention.types import AttentionTerms, IPAInputs, LogitScales
 from ipa_haiku.base_module import NUM_LOGIT_TERMS, BaseInvariantPointAttention
 from ipa_haiku.common_modules import Linear
-from ipa_haiku.pair import StructuredPair
 from ipa_haiku.quat_affine import QuatAffine
 
 
@@ -51,8 +51,8 @@ class InvariantPointAttention(BaseInvariantPointAttention):
           inputs_2d: [..., N, N, C_z] pair activations, floating-point; or a `FactorizedPair` or
             `RelativePositionPair` that stands for them; or None for a model without any, which has
             no `attention_2d` and no pair features in `output_projection`.
-          mask: [..., N, 1] 1 where a residue is real, 0 where it is padding. Its gradient is zero,
-            but for `implementation='reference'`.
+          mask: [..., N, 1] 1 where a residue is real, 0 where it is padding; bool, integers or
+            floating-point.
           rigid: frames of the residues, translations in units of `position_scale`: AF2's
             `Rigid3Array`, a `QuatAffine` (ours or AF2's), or a pair (rotation [..., N, 3, 3],
             translation [..., N, 3]).
@@ -112,7 +112,7 @@ class InvariantPointAttention(BaseInvariantPointAttention):
     def _scalars(self, inputs_1d: jax.Array, name: str, num_channel: int) -> jax.Array:
         """Scalars [..., N, H, num_channel] (line 1)."""
         shape = (self.config.num_head, num_channel)
-        return Linear(shape, use_bias=False, precision=self._precision, name=name)(inputs_1d)
+        return Linear(shape, use_bias=False, precision=self._options.precision, name=name)(inputs_1d)
 
     @hk.transparent
     def _local_points(self, inputs_1d: jax.Array, name: str, num_point: int) -> list[jax.Array]:

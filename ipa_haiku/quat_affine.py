@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku.attention.base import assert_shape
+from ipa_haiku.checks import assert_shape
 from ipa_haiku.rotation import (
     QUAT_MULTIPLY,
     QUAT_MULTIPLY_BY_VEC,

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ipa_haiku.attention.base import assert_floating, assert_shape
+from ipa_haiku.checks import assert_floating, assert_shape
 from ipa_haiku.quat_affine import QuatAffine, rot_list_to_tensor, vec_list_to_tensor
 
 _ACCEPTED = (

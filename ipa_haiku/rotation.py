@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipa_haiku.attention.base import assert_shape
+from ipa_haiku.checks import assert_shape
 
 Vector = Sequence[jax.Array]
 Rotation = Sequence[Vector]

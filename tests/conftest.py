@@ -16,7 +16,7 @@ import oracle
 import pytest
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.base import IPAInputs
+from ipa_haiku.attention.types import IPAInputs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

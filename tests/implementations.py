@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.attention.selection import IMPLEMENTATIONS
 
 # The kernels need a GPU, or seconds to compile for the interpreter: they have tests of their own.
 ANYWHERE = [name for name in IMPLEMENTATIONS if name != "pallas"]

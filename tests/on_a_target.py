@@ -1,12 +1,9 @@
 """A program of its own: the core's gradient by the kernels, for a target and a dtype of inputs_2d.
 
-And the output projection, of features of that dtype.
-
 Prints temporary bytes by case as JSON, null where shared memory is too little; what must be in the
 environment is `cost.environment`'s.
 """
 
-import functools
 import json
 import sys
 from typing import Any
@@ -16,7 +13,6 @@ import jax.numpy as jnp
 
 from benchmarks import cost
 from ipa_haiku import LogitScales, invariant_point_attention
-from ipa_haiku.attention import pallas_triton
 
 N, C, P, PV = 256, 16, 4, 8  # the last two: points of queries and keys, of values
 SCALES = LogitScales(scalar=1.0, pair=1.0)
@@ -60,25 +56,10 @@ def temporary_bytes(
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def temporary_bytes_of_projection(sharding, dtype, config=None):
-    shapes = ([(N, width) for width in (12 * C, *[12 * PV] * 4, 12 * 128)], (2112, 384), (384,))
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x, dtype, sharding=sharding),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], int),
-    )
-    project = functools.partial(pallas_triton.project, config=config)
-    compiled = jax.jit(project).lower(*arguments).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 def main():
     sharding, context = cost.device(sys.argv[1])
     with context:
         result = {k: temporary_bytes(sharding, sys.argv[2], **v) for k, v in CASES.items()}
-        project = functools.partial(temporary_bytes_of_projection, sharding, sys.argv[2])
-        result["projection"] = project()
-        result["projection of many rows"] = project(pallas_triton.Config(tile=128, num_warps=8))
     print(json.dumps(result))
 
 

@@ -22,7 +22,7 @@ from ipa_haiku import (
     folding_multimer,
     invariant_point_attention,
 )
-from ipa_haiku.attention.pallas_triton import Config
+from ipa_haiku import KernelConfig
 from ipa_haiku.attention.rows import BY_ROW
 
 TOLERANCE = 2e-6  # of the largest element
@@ -133,7 +133,7 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
         pytest.param(
             {
                 "implementation": "pallas",
-                "config": Config(forward_block=16, backward_block=16, tile=16, interpret=True),
+                "kernel_config": KernelConfig(forward_block=16, backward_block=16, tile=16, interpret=True),
             },
             marks=pytest.mark.slow,
         ),

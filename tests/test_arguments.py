@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ipa_haiku import LogitScales, invariant_point_attention, select_implementation
-from ipa_haiku.attention.api import IMPLEMENTATIONS
-from ipa_haiku.attention.base import IPAInputs
+from ipa_haiku.attention.selection import IMPLEMENTATIONS
+from ipa_haiku.attention.types import IPAInputs
 
 MONOMER = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
 

@@ -16,9 +16,9 @@ import packing
 import pytest
 
 from ipa_haiku import LogitScales, invariant_point_attention
-from ipa_haiku.attention.api import IMPLEMENTATIONS
-from ipa_haiku.attention.base import IPAInputs, IPAOutput
-from ipa_haiku.attention.pallas_triton import Config
+from ipa_haiku.attention.selection import IMPLEMENTATIONS
+from ipa_haiku.attention.types import IPAInputs, IPAOutput
+from ipa_haiku import KernelConfig
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)
@@ -455,7 +455,7 @@ class TestPallas(ImplementationTests):
 
     options: ClassVar = {
         "implementation": "pallas",
-        "config": Config(forward_block=16, backward_block=16, tile=16, interpret=True),
+        "kernel_config": KernelConfig(forward_block=16, backward_block=16, tile=16, interpret=True),
     }
     # Three TF32 products keep 22 of the 24 bits of a float32 that is multiplied by 1.
     floor: ClassVar = 2 * EPS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks.__main__ import main
 from benchmarks.cost import CostRow
 from benchmarks.results import SCHEMA_VERSION, Results, Row, read, regressions
 
+RESULTS = sorted((Path(report.__file__).parent / "results").glob("*.json"))
 MACHINE = {
     "platform": "cpu",
     "device": "Some CPU",
@@ -38,6 +40,7 @@ def _results(rows, **fields):
         "machine": MACHINE,
         "settings": {"dtype": "float32", "sizes": [64]},
         "is_complete": True,
+        "loss": "squared distance",
     }
     return Results(rows=rows, **(defaults | fields))
 
@@ -47,11 +50,18 @@ def results():
     rows = [
         _row(speedup=4.0),
         _row("alphafold", median=40.0, speedup=1.0, temp_bytes=8_000_000),
-        _row(mode="grad", median=30.0, speedup=5.0),
+        _row(mode="grad", median=30.0, speedup=5.0, errors={"value": 1e-7, "pair": 3e-7}),
         _row("alphafold", mode="grad", median=150.0, speedup=1.0),
         _row(n=128, status="out of memory", note="it needs 12.3 GB, 4.0 GB are free"),
         _row("alphafold", n=128, median=160.0, speedup=1.0),
-        _row(n=128, mode="grad", status="wrong", note="off by 2.0e-01", error=0.2),
+        _row(
+            n=128,
+            mode="grad",
+            status="wrong",
+            note="off by 2.0e-01",
+            error=0.2,
+            errors={"value": 0.2, "pair": None},
+        ),
         _row("alphafold", n=128, mode="grad", median=700.0, speedup=1.0),
     ]
     return _results(rows, missing=[{"name": "lucidrains", "reason": "needs torch: pip install"}])
@@ -171,8 +181,49 @@ def test_tables_have_a_line_for_every_row(results):
     assert "interrupted" in report.tables(dataclasses.replace(results, is_complete=False))
 
 
+def test_errors_of_groups_stand_beside_each_other(results):
+    lines = [line.split() for line in report.tables(results).splitlines()]
+    first, second = (i for i, line in enumerate(lines) if line == ["errors", "value", "pair"])
+    assert lines[first + 1] == ["ipa_haiku", "xla", "gradient", "1.0e-07", "3.0e-07"]
+    assert lines[second + 1] == ["ipa_haiku", "xla", "gradient", "2.0e-01", "-"]
+
+
+def test_loss_is_told(results):
+    note = "gradient: value and gradient of a squared distance to a target."
+    assert note in report.tables(results).splitlines()
+    assert f" {note.capitalize()} Generated" in report.markdown(results, "x.json")
+    results.loss = "linear"
+    assert "squared" not in report.tables(results) + report.markdown(results, None)
+
+
+def test_gradients_of_another_loss_are_not_compared(results, tmp_path, capsys):
+    results.write(tmp_path / "new.json")
+    content = json.loads((tmp_path / "new.json").read_text())
+    del content["loss"]  # as in older files
+    for row in content["rows"]:
+        row.pop("errors")
+        if row["status"] == "ok":
+            row |= {name: 0.1 * row[name] for name in ("median_ms", "q1_ms", "q3_ms")}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    files = [str(tmp_path / name) for name in ("new.json", "old.json")]
+    assert main(["--from-json", files[0], "--compare", files[1]]) == 1
+    output = capsys.readouterr().out
+    assert "the gradient of another loss, not compared: linear" in output
+    assert "N=64 float32 forward ipa_haiku xla: 10 ms, was 1 ms" in output
+    assert "grad" not in output.partition("not compared")[2]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_of_older_versions_are_shown(path):
+    results = read(path)
+    assert report.tables(results).count("median ms") == len(
+        {(row.what, row.n) for row in results.rows}
+    )
+    assert f"jax {results.machine['versions']['jax']}" in report.markdown(results, None)
+
+
 def test_a_row_without_a_time_shows_its_status(results):
-    (line,) = (x for x in report.tables(results).splitlines() if "wrong" in x)
+    (line,) = (x for x in report.tables(results).splitlines() if " wrong " in x)
     assert line.split()[3:5] == ["wrong", "-"]
 
 

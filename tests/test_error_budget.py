@@ -14,7 +14,7 @@ from implementations import ANYWHERE
 
 from benchmarks.structure import read_shipped
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
-from ipa_haiku.attention.pallas_triton import Config
+from ipa_haiku import KernelConfig
 from ipa_haiku.testing import assert_within_error_budget
 
 FAST = [name for name in ANYWHERE if name != "reference"]
@@ -41,7 +41,7 @@ def our_module(implementation):
             IPAConfig(),
             NOT_ZERO_INIT,
             implementation=implementation,
-            kernel_config=Config(interpret=True) if implementation == "pallas" else None,
+            kernel_config=KernelConfig(interpret=True) if implementation == "pallas" else None,
         )
         mask = jnp.ones_like(inputs_1d[:, :1])
         return module(inputs_1d, inputs_2d, mask, QuatAffine.from_tensor(affine))

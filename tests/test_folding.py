@@ -20,7 +20,7 @@ from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
 from implementations import ANYWHERE, BIT_IDENTICAL
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine, rigid
-from ipa_haiku.attention.api import IMPLEMENTATIONS
+from ipa_haiku.attention.selection import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parent / "data" / "parameters_monomer.json"
 MASKS = ["full", "padded", "holed", "zero"]

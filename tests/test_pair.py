@@ -16,7 +16,7 @@ from ipa_haiku import (
     invariant_point_attention,
 )
 from ipa_haiku.attention import streaming
-from ipa_haiku.attention.base import IPAInputs
+from ipa_haiku.attention.types import IPAInputs
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)

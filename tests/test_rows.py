@@ -10,7 +10,7 @@ import pytest
 
 from ipa_haiku import invariant_point_attention
 from ipa_haiku.attention import rows, xla_forward
-from ipa_haiku.attention.base import LogitScales
+from ipa_haiku.attention.types import LogitScales
 from ipa_haiku.testing import assert_within_error_budget
 
 SCALES = LogitScales(scalar=0.5, pair=1.0, total=0.5)

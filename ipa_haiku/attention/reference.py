@@ -8,36 +8,32 @@ are widened to float32 first.
 import jax
 import jax.numpy as jnp
 
-from ipa_haiku.attention.base import (
-    MASK_PENALTY,
+from ipa_haiku.attention.logits import mask_penalty, only_own_segment
+from ipa_haiku.attention.options import Options
+from ipa_haiku.attention.pair import StructuredPair
+from ipa_haiku.attention.types import (
     AttentionTerms,
     IPAInputs,
     IPAOutput,
     LogitScales,
-    subtract_segment_penalty,
+    narrow,
     widen,
 )
-from ipa_haiku.pair import StructuredPair
 
 
-def attend(
-    inputs: IPAInputs,
-    scales: LogitScales,
-    *,
-    precision: jax.lax.PrecisionLike = None,
-    return_attention: bool = False,
-) -> IPAOutput:
+def attend(inputs: IPAInputs, scales: LogitScales, options: Options) -> IPAOutput:
     """Invariant point attention with every logit and every attention weight written out.
 
     Args:
       inputs: the array arguments, checked.
       scales: static factors of the logit terms.
-      precision: of the matrix products over scalar and pair channels.
-      return_attention: also return the attention weights and the logit terms.
+      options: `precision` of the matrix products over scalar and pair channels, and
+        `return_attention` count.
 
     Returns:
       `IPAOutput`, with `attention` set if asked for.
     """
+    precision = options.precision
     wide = widen(inputs)
     if isinstance(wide.inputs_2d, StructuredPair):
         wide = wide._replace(inputs_2d=wide.inputs_2d.to_dense())
@@ -49,10 +45,9 @@ def attend(
     logits = scalar_logits + point_logits
     if pair_logits is not None:
         logits += pair_logits
-    mask_2d = wide.q_mask[..., None, :, None] * wide.k_mask[..., None, None, :]
-    logits -= MASK_PENALTY * (1.0 - mask_2d)
-    logits = subtract_segment_penalty(logits, wide)
-    weights = jax.nn.softmax(scales.total * logits)  # [..., H, Nq, Nk]
+    logits -= mask_penalty(wide.q_mask, wide.k_mask)[..., None, :, :]
+    logits = only_own_segment(scales.total * logits, wide.q_segment_ids, wide.k_segment_ids)
+    weights = jax.nn.softmax(logits)  # [..., H, Nq, Nk]
 
     # Line 9.
     v_scalar = jnp.swapaxes(wide.v_scalar, -2, -3)
@@ -71,18 +66,12 @@ def attend(
     pair = None
     if wide.inputs_2d is not None:
         pair = jnp.einsum("...hij,...ijc->...ihc", weights, wide.inputs_2d, precision=precision)
-        pair = pair.astype(inputs.inputs_2d.dtype)
 
     attention = None
-    if return_attention:
+    if options.return_attention:
         terms = (scalar_logits, point_logits, pair_logits)
         attention = AttentionTerms(weights, *jax.tree.map(lambda x: scales.total * x, terms))
-    return IPAOutput(
-        scalar=scalar.astype(inputs.v_scalar.dtype),
-        point=jnp.swapaxes(point, -3, -4),
-        pair=pair,
-        attention=attention,
-    )
+    return narrow(IPAOutput(scalar, jnp.swapaxes(point, -3, -4), pair, attention), inputs)
 
 
 def _scalar_logits(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ipa_haiku.attention.base import IPAInputs, IPAOutput, axes_of, narrow, widen
+from ipa_haiku.attention.types import IPAInputs, IPAOutput, axes_of, narrow, widen
 
 # Those of each array in a field.
 _OUTPUT_AXES = {

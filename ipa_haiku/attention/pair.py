@@ -98,15 +98,26 @@ def is_dense(inputs_2d: jax.Array | StructuredPair | None) -> bool:
     return inputs_2d is not None and not isinstance(inputs_2d, StructuredPair)
 
 
-def num_channel(inputs_2d: jax.Array | StructuredPair | None) -> int | None:
+def dense_channel(inputs_2d: jax.Array | StructuredPair | None) -> int | None:
     """Channels C_z of a pair representation that is an [N, N, C_z] array; else None."""
     return inputs_2d.shape[-1] if is_dense(inputs_2d) else None  # type: ignore[union-attr]
 
 
 def rows_of_table(q_index: jax.Array, k_index: jax.Array, num_rows: int) -> jax.Array:
-    """Row of `RelativePositionPair.table` for all pairs of [..., Nq] and [..., Nk] positions."""
+    """Row of `RelativePositionPair.table` for all pairs of [..., Nq] and [..., Nk] positions.
+
+    A distance may be larger than the dtype of the positions holds.
+    """
     max_distance = num_rows // 2
-    # Unsigned or short integers would wrap.
-    q_index, k_index = q_index.astype(jnp.int32), k_index.astype(jnp.int32)
-    distance = k_index[..., None, :] - q_index[..., :, None]
-    return jnp.clip(distance, -max_distance, max_distance) + max_distance
+    q_index, k_index = jnp.asarray(q_index), jnp.asarray(k_index)
+    dtype = jnp.promote_types(q_index.dtype, k_index.dtype)
+    signed = jnp.int64 if dtype.itemsize == 8 else jnp.int32
+    if dtype.itemsize < 4:
+        dtype = signed
+    q_index, k_index = q_index.astype(dtype)[..., :, None], k_index.astype(dtype)[..., None, :]
+    # A distance that wraps around has the wrong sign.
+    distance = (k_index - q_index).astype(signed)
+    is_after, seems_after = k_index >= q_index, distance >= 0
+    clipped = jnp.clip(distance, -max_distance, max_distance)
+    far = jnp.where(is_after, max_distance, -max_distance).astype(signed)
+    return jnp.where(is_after == seems_after, clipped, far) + max_distance

@@ -1,0 +1,94 @@
+"""The centre that coordinates are counted from, so that they lose no digits to their distance.
+
+No result depends on the centre but by rounding, as long as all points that see each other move by
+the very same numbers. It is a median, axis by axis: a coordinate that exists, so that its bits are
+the same in whatever order XLA goes over the residues, and one that no outlier moves.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ipa_haiku.attention.types import IPAInputs, IPAOutput
+
+# Centres are multiples of this, in the unit of the points. So float32 subtracts one exactly from
+# coordinates of up to 8,000 units, however many digits the coordinate has: nobody is moved.
+_GRID = 2.0**-10
+
+
+def center(
+    points: jax.Array,
+    mask: jax.Array,
+    segment_ids: jax.Array | None = None,
+    of_segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Median of the unmasked points, or of those in the segment that each of M residues is in.
+
+    Segments may be far from each other; distances between them are never asked for.
+
+    Args:
+      points: [..., N, 3], finite also where masked.
+      mask: [..., N].
+      segment_ids: [..., N] of the points, any integers; None for one segment.
+      of_segment_ids: [..., M] segments whose centres to return; None for `segment_ids`.
+
+    Returns:
+      [..., 1, 3], or [..., M, 3] with segments, without gradient; zero where all are masked.
+    """
+    points = jax.lax.stop_gradient(points)
+    if segment_ids is None:
+        segment_ids = jnp.zeros(mask.shape, jnp.int32)
+        of_segment_ids = segment_ids[..., :1]
+    elif of_segment_ids is None:
+        of_segment_ids = segment_ids
+    find = _medians
+    for _ in range(mask.ndim - 1):
+        find = jax.vmap(find)
+    return find(points, mask > 0, segment_ids, of_segment_ids)
+
+
+def _medians(
+    points: jax.Array, is_real: jax.Array, segment_ids: jax.Array, of_segment_ids: jax.Array
+) -> jax.Array:
+    """Medians [M, 3] of points [N, 3] by segment."""
+    # Axis by axis sorted by segment, in it the real ones first, those by coordinate.
+    segments = jnp.broadcast_to(segment_ids, (3, *segment_ids.shape))
+    is_masked = jnp.broadcast_to(~is_real, segments.shape)
+    segments, is_masked, sorted_points = jax.lax.sort(
+        (segments, is_masked, points.T), dimension=1, num_keys=3
+    )
+    segments = segments[0]
+    first, end = (
+        jnp.searchsorted(segments, of_segment_ids, side=side) for side in ("left", "right")
+    )
+    real_before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(~is_masked[0])])
+    count = real_before[end] - real_before[first]
+    middle = jnp.minimum(first + jnp.maximum(count - 1, 0) // 2, points.shape[0] - 1)
+    median = jnp.where(count > 0, sorted_points[:, middle], 0.0).T
+    return jnp.round(median / _GRID) * _GRID
+
+
+def centers_of(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:
+    """What to subtract from points of queries and of keys, [..., Nq or 1, 1, 1, 3] and so on.
+
+    A query and the keys that it sees have the same centre: that of their segment.
+    """
+    # Of each key the first point stands for all: heads and points of a residue are neighbours.
+    points = inputs.k_point[..., 0, 0, :].astype(inputs.logits_dtype)
+    q_center, k_center = (
+        center(points, inputs.k_mask, inputs.k_segment_ids, segment_ids)[..., None, None, :]
+        for segment_ids in (inputs.q_segment_ids, inputs.k_segment_ids)
+    )
+    return q_center, k_center
+
+
+def at_center(attend: Callable[[IPAInputs], IPAOutput], inputs: IPAInputs) -> IPAOutput:
+    """`attend(inputs)` with all points near the origin, where they have the most digits."""
+    q_center, k_center = centers_of(inputs)
+    inputs = inputs._replace(
+        q_point=inputs.q_point - q_center, k_point=inputs.k_point - k_center,
+        v_point=inputs.v_point - k_center,
+    )  # fmt: skip
+    out = attend(inputs)
+    return out._replace(point=out.point + q_center)

@@ -1,0 +1,78 @@
+"""What XLA's compiler for CPUs wants otherwise; every workaround is here.
+
+Each one says symptom, cause, effect and version. `tests/test_cpu.py` fails where one no longer
+works. The gains were measured on two cores of an AMD EPYC with level-2 caches of 0.5 MB, JAX
+0.10.2, float32, AF2's sizes: see `benchmarks/CPU_NOTES.md`. Nothing depends on the machine that
+traces a program, and programs for other platforms contain none of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Rows of `inputs_2d` that a block of the forward pass holds: its products then read memory once.
+_BLOCK_BYTES = 4 * 2**20
+
+# Products over fewer rows are slower by a quarter.
+_LEAST_ROWS = 16
+
+# Parts of a sum over keys: as many as divide the number of keys.
+_PARTS = (4, 3, 2)
+
+
+def block_rows(num_row: int, bytes_per_row: int) -> int:
+    """Rows at a time in a forward pass on CPUs: about equally many in each block."""
+    most = max(_BLOCK_BYTES // bytes_per_row, _LEAST_ROWS)
+    return -(-num_row // -(-num_row // most))
+
+
+def either(on_cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
+    """The result of one of two functions of the same result, by the platform compiled for."""
+    return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+
+
+def one_array(compute: Callable[[], jax.Array], is_true: jax.Array) -> jax.Array:
+    """`compute()`, on CPUs as an array that exists once; `is_true` holds, unknown to the compiler.
+
+    Symptom: a block of rows of `inputs_2d` is copied once for each product that takes it. Cause:
+    XLA:CPU fuses the slice with the layout change of each. A conditional returns one array. Effect:
+    forward pass of the core 113 to 81 ms at N = 512, 24 to 15 ms at 256.
+    """
+    return either(lambda: jax.lax.cond(is_true, compute, compute), compute)
+
+
+def unfused(x: jax.Array) -> jax.Array:
+    """`x`, which XLA:CPU fuses with no product or reduction that takes it.
+
+    Symptom: of a sum that goes into products' and softmax's fusion, half is taken in and the other
+    half written out. Cause: XLA:CPU's choice of fusions. It fuses no rounding, and this one, to the
+    precision that `x` has, changes nothing. Effect: the attention core 93 to 49 ms at N = 512.
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def sum_over_keys(weights: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """weights [b, m, Nk] times x [b, Nk, n], as `jnp.matmul`.
+
+    Symptom: the product runs on one core. Cause: XLA:CPU spreads a batch of products over cores only
+    where a sum follows. So it sums parts of the keys, which is more accurate, too. Effect on the
+    product of attention weights and `inputs_2d`: 45 to 25 ms at N = 512; forward pass of the core 113
+    to 90 ms, at 256 26 to 19 ms.
+    """
+
+    def whole() -> jax.Array:
+        return jnp.matmul(weights, x, precision=precision)
+
+    num_part = next((n for n in _PARTS if weights.shape[-1] % n == 0), 1)
+    if num_part == 1:
+        return whole()
+
+    def in_parts() -> jax.Array:
+        parts = weights.reshape(*weights.shape[:2], num_part, -1)
+        x_parts = x.reshape(len(x), num_part, -1, x.shape[-1])
+        return jnp.sum(jnp.einsum("bmgk,bgkn->bmgn", parts, x_parts, precision=precision), axis=2)
+
+    return either(in_parts, whole)
