@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from benchmarks import cases, checks, cost, demo, machine, plot, report, results, structure
 from benchmarks.cases import Bench, Model
 from benchmarks.peers import Checkouts
@@ -64,6 +66,7 @@ _SWEEP: dict[str, tuple[str, Any, str]] = {
     ),
     "dtype": ("TYPE", str, "of activations and weights: float32, bfloat16"),
     "pair-rank": ("R", int, "give inputs_2d as factors of rank R; 0: as an array"),
+    "devices": ("D,...", integers, "the module with rows over so many devices, beside the others"),
     "repeats": ("R", int, "timed samples of each row"),
     "seed": ("S", int, "of inputs and weights"),
 }  # fmt: skip
@@ -153,6 +156,8 @@ def _bench(options: argparse.Namespace) -> Bench:
 def _measure(options: argparse.Namespace) -> Results:
     """Demonstrates and measures, printing as it goes; Ctrl-C ends it with what there is."""
     bench: Bench = options.bench
+    if bench.devices:  # of no effect on other platforms than CPUs
+        jax.config.update("jax_num_cpu_devices", max(bench.devices))
     runner = Runner(bench, machine.describe(bench.dtype), options.checkouts)
     found = runner.results
 
@@ -179,7 +184,7 @@ def _print_cost(bench: Bench) -> None:
             print(reason)
             continue
         try:
-            table = report.cost(cost.TARGETS[name].label, cost.compute(name, bench))
+            table = report.cost(cost.TARGETS[name].kind, cost.compute(name, bench))
             print(table, end="\n\n", flush=True)
         except RuntimeError as error:
             print(error)

@@ -12,9 +12,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import layouts
-from benchmarks.cases import Model
+from benchmarks.cases import Bench, Model
 from benchmarks.problems import GLOBAL_CONFIG, Problem, core_scales, squared_distance
 from ipa_haiku import (
     InvariantPointAttention,
@@ -35,23 +36,14 @@ Groups = dict[str, Any]
 
 
 class Prepared(NamedTuple):
-    """A computation that is compiled and has its inputs on the device.
+    """A computation that is compiled and has its inputs on the device."""
 
-    Attributes:
-      start: starts a run on the given copy of the inputs (a number) and returns its result.
-      wait: returns when a result is ready.
-      groups: of a result, on the host.
-      compile_seconds: the median of up to three times, None where nothing is compiled.
-      temp_bytes: memory of intermediate results, None where it is not known.
-      required_bytes: estimate of what a run takes beside its inputs.
-    """
-
-    start: Callable[[int], Any]
-    wait: Callable[[Any], Any]
-    groups: Callable[[Any], Groups]
-    compile_seconds: float | None
-    temp_bytes: int | None
-    required_bytes: int
+    start: Callable[[int], Any]  # from the number of a copy of the inputs to a result
+    wait: Callable[[Any], Any]  # returns when a result is ready
+    groups: Callable[[Any], Groups]  # of a result, on the host
+    compile_seconds: float | None  # the median of up to three times
+    temp_bytes: int | None  # memory of intermediate results
+    required_bytes: int  # estimate of what a run takes beside its inputs
 
 
 def _identity(parameters: Any) -> Any:
@@ -60,19 +52,14 @@ def _identity(parameters: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Something that computes the result of a `Problem`.
+    """Something that computes the result of a `Problem`."""
 
-    Attributes:
-      name: on the command line.
-      label: in tables.
-      layout: turns the monomer's parameters, or their gradient, into the candidate's.
-      is_exact: whether it computes the same function, so that results can be compared.
-    """
-
-    name: str
-    label: str
-    layout: Callable[[Any], Any] = dataclasses.field(default=_identity, kw_only=True)
-    is_exact: bool = dataclasses.field(default=True, kw_only=True)
+    name: str  # on the command line
+    label: str  # in tables
+    _: dataclasses.KW_ONLY
+    # Turns the monomer's parameters, or their gradient, into the candidate's.
+    layout: Callable[[Any], Any] = _identity
+    is_exact: bool = True  # whether it computes the same function, so that results can be compared
 
     def in_layout(self, groups: Groups) -> Groups:
         """`groups` with the monomer's "parameters", if there are any, in the candidate's layout."""
@@ -143,17 +130,18 @@ def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
     """This project's `implementation`, None being its default, as a candidate for `what`."""
     if what == "module":
         return our_module(model, implementation)
-    if what == "core":
-        forward = functools.partial(_our_core, model, implementation)
-    else:
+    forward: Callable[..., Any] = functools.partial(_our_core, model, implementation)
+    if what == "structure_module":
         forward = _in_structure_module(model, functools.partial(use_in_alphafold, implementation))
     return JaxCandidate(*_name_and_label(implementation), forward)
 
 
-def all_ours(what: str, model: Model, implementations: Sequence[str]) -> list[JaxCandidate]:
-    """`ours` by name; if `inputs_2d` comes as factors, each also on the array they stand for."""
-    found = [ours(what, model, name) for name in implementations]
-    return found + [_on_the_array(candidate) for candidate in found if model.pair_rank]
+def all_ours(what: str, model: Model, bench: Bench) -> list[JaxCandidate]:
+    """`ours` by name; of factors also on the array they stand for; of the module also sharded."""
+    found = [ours(what, model, name) for name in bench.implementations]
+    found += [_on_the_array(candidate) for candidate in found if model.pair_rank]
+    devices = bench.devices if what == "module" else ()
+    return [*found, *(_over_devices(model, count) for count in devices)]
 
 
 def _on_the_array(candidate: JaxCandidate) -> JaxCandidate:
@@ -169,6 +157,34 @@ def _on_the_array(candidate: JaxCandidate) -> JaxCandidate:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sharded(JaxCandidate):
+    """The module with rows of `inputs_2d` and of the target on the devices of `mesh`."""
+
+    mesh: jax.sharding.Mesh
+
+    def arguments(self, problem: Problem) -> Problem:
+        if len(problem.target) % self.mesh.size:
+            raise NotImplementedError(f"N must be a multiple of {self.mesh.size} devices")
+        rows, everywhere = (NamedSharding(self.mesh, PartitionSpec(x)) for x in ("rows", None))
+        problem = super().arguments(problem)
+        shardings = jax.tree.map(lambda _: everywhere, problem)
+        shardings.differentiable["inputs_2d"] = rows
+        return jax.device_put(problem, shardings._replace(target=rows))
+
+
+def _over_devices(model: Model, count: int) -> JaxCandidate:
+    """The default implementation over devices; those of a CPU are parts of one processor.
+
+    There XLA gives all cores to one device as well: what is measured is whether rows sharded by
+    hand beat XLA's own threads.
+    """
+    mesh = jax.make_mesh((count,), ("rows",), axis_types=(AxisType.Auto,))
+    module = our_module(model, None, RowSharding(mesh, "rows") if count > 1 else None)
+    name, label = f"devices_{count}", f"ipa_haiku, {count} device{'s' * (count > 1)}"
+    return _Sharded(name, label, module.forward, mesh, layout=module.layout)
+
+
 def our_module(
     model: Model,
     implementation: str | None,
@@ -177,8 +193,8 @@ def our_module(
 ) -> JaxCandidate:
     """This project's Haiku module, called with `call_options`."""
     is_multimer = model.variant == "multimer"
-    module = folding_multimer.InvariantPointAttention if is_multimer else InvariantPointAttention
-    module = functools.partial(module, implementation=implementation, sharding=sharding)
+    kind = folding_multimer.InvariantPointAttention if is_multimer else InvariantPointAttention
+    module = functools.partial(kind, implementation=implementation, sharding=sharding)
     forward = _module_forward(model, module, QuatAffine.from_tensor, **call_options)
     layout = functools.partial(layouts.to_multimer, model=model) if is_multimer else _identity
     return JaxCandidate(*_name_and_label(implementation), forward, layout=layout)

@@ -20,27 +20,16 @@ PEERS = ("alphafold", "alphafold_multimer", "lucidrains", "openfold", "esmfold",
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Sizes of a model, from the tables `[ipa]` and `[model]` of `configs/<name>.toml`.
+    """Sizes of a model, from the tables `[ipa]` and `[model]` of `configs/<name>.toml`."""
 
-    Attributes:
-      name: name of the file.
-      ipa: sizes of the attention module.
-      variant: "monomer" or "multimer", AF2's two parametrisations.
-      single_channel: channels of `inputs_1d`, C_s.
-      pair_channel: channels of `inputs_2d`, C_z.
-      num_layer: iterations of the structure module.
-      position_scale: Å in one unit of translation.
-      pair_rank: R of `inputs_2d` given as factors; 0 for an array.
-    """
-
-    name: str
-    ipa: IPAConfig
-    variant: str
-    single_channel: int
-    pair_channel: int
-    num_layer: int
-    position_scale: float
-    pair_rank: int = 0
+    name: str  # of the file
+    ipa: IPAConfig  # sizes of the attention module
+    variant: str  # "monomer" or "multimer", AF2's two parametrisations
+    single_channel: int  # channels of `inputs_1d`, C_s
+    pair_channel: int  # channels of `inputs_2d`, C_z
+    num_layer: int  # iterations of the structure module
+    position_scale: float  # Å in one unit of translation
+    pair_rank: int = 0  # R of `inputs_2d` given as factors; 0 for an array
 
     @property
     def alphafold(self) -> str:
@@ -65,50 +54,41 @@ class Model:
 class Bench:
     """One sweep.
 
-    Attributes:
-      sizes: numbers of residues, N.
-      model: name of a model in `configs/`.
-      what: of `WHATS`: the attention core alone, the Haiku module, AF2's structure module with the
-        Haiku module in it.
-      modes: of `MODES`: forward, and the value and the gradient, with respect to parameters, inputs
-        and frames, of `problems.squared_distance`.
-      implementations: names in `ipa_haiku.attention.selection.IMPLEMENTATIONS`.
-      peers: of `PEERS`: other people's implementations.
-      pair_rank: 0 to give `inputs_2d` as an array; R to give it as factors of rank R, with each of
-        `implementations` measured twice: on the factors, and on the array multiplied out of them.
-      dtype: of activations and weights; frames are always float32.
-      repeats: timed samples of each row.
-      min_sample_ms: calls shorter than this are repeated within a sample, as the layers of a model
-        follow each other. Single calls of a few milliseconds would mostly tell how fast the
-        operating system wakes threads.
-      float64_max_size: largest N at which results are compared with float64; beyond it, with the
-        reference implementation in float32.
-      seed: of inputs and weights.
-
     Raises:
       ValueError: naming the field whose value is of no use.
     """
 
-    sizes: tuple[int, ...]
-    model: str = "af2_monomer"
+    sizes: tuple[int, ...]  # numbers of residues, N
+    model: str = "af2_monomer"  # name of a model in `configs/`
+    # Of `WHATS`: the attention core alone, the Haiku module, AF2's structure module with it.
     what: tuple[str, ...] = ("module",)
+    # Of `MODES`: forward; value and gradient of `problems.squared_distance` with respect to
+    # parameters, inputs and frames.
     modes: tuple[str, ...] = MODES
     implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)
-    peers: tuple[str, ...] = ("alphafold",)
+    peers: tuple[str, ...] = ("alphafold",)  # of `PEERS`: other people's implementations
+    devices: tuple[int, ...] = ()  # numbers of them, over which the module is measured, too
+    # 0 to give `inputs_2d` as an array; R to give it as factors of rank R, with each of
+    # `implementations` measured twice: on the factors, and on the array multiplied out of them.
     pair_rank: int = 0
-    dtype: str = "float32"
-    repeats: int = 10
+    dtype: str = "float32"  # of activations and weights; frames are always float32
+    repeats: int = 10  # timed samples of each row
+    # Calls shorter than this are repeated within a sample, as the layers of a model follow each
+    # other. Single calls of a few milliseconds would mostly tell how fast the operating system
+    # wakes threads.
     min_sample_ms: float = 20.0
+    # Largest N at which results are compared with float64; beyond it, with `reference` in float32.
     float64_max_size: int = 512
-    seed: int = 0
+    seed: int = 0  # of inputs and weights
 
     def __post_init__(self) -> None:
-        for name in ("sizes", "what", "modes", "implementations", "peers"):
+        for name in ("sizes", "what", "modes", "implementations", "peers", "devices"):
             values = getattr(self, name)
             if not isinstance(values, list | tuple):
                 raise ValueError(f"{name}: must be a list, got {values!r}.")
             object.__setattr__(self, name, tuple(values))
         _check_counts("sizes", self.sizes)
+        _check_counts("devices", self.devices, may_be_empty=True)
         _check_counts("repeats", [self.repeats])
         for name in ("pair_rank", "float64_max_size", "seed"):
             _check_counts(name, [getattr(self, name)], least=0)
@@ -126,7 +106,7 @@ class Bench:
             raise ValueError(f"what: {self.what[0]} cannot be measured: {obstacles[0]}.")
         if self.pair_rank and self.peers:
             raise ValueError("pair_rank: must be 0 with peers, which take arrays only.")
-        if not self.implementations and not self.peers:
+        if not (self.implementations or self.peers or self.devices):
             raise ValueError("implementations: there is nothing to measure, and no peers either.")
 
     def obstacle(self, what: str) -> str | None:
@@ -167,8 +147,10 @@ class Bench:
         return cls(**(table | overrides))
 
 
-def _check_counts(name: str, values: Sequence[Any], least: int = 1) -> None:
-    if not values:
+def _check_counts(
+    name: str, values: Sequence[Any], least: int = 1, may_be_empty: bool = False
+) -> None:
+    if not values and not may_be_empty:
         raise ValueError(f"{name}: must not be empty.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -59,7 +59,7 @@ def float64_result(reference: JaxCandidate, problem: Problem, mode: str) -> Grou
     """What the reference implementation computes in float64 from the same numbers.
 
     Raises:
-      NotEnoughMemoryError: if it does not fit.
+      MemoryError: if it does not fit.
     """
     device = jax.devices()[0]
     if device.platform == "tpu":  # which has no float64
@@ -72,7 +72,7 @@ def float32_result(reference: JaxCandidate, problem: Problem, mode: str) -> Grou
     """What the reference implementation computes in the type of the problem.
 
     Raises:
-      NotEnoughMemoryError: if it does not fit.
+      MemoryError: if it does not fit.
     """
     arguments = reference.arguments(problem)
     compiled = reference.compile(arguments, mode)

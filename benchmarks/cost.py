@@ -45,15 +45,10 @@ _KIB, _MIB = 2**10, 2**20
 
 
 class Target(NamedTuple):
-    """What programs are compiled for.
+    """What programs are compiled for."""
 
-    Attributes:
-      kind: of the device, as JAX names it.
-      gpu: properties of a GPU.
-    """
-
-    kind: str
-    gpu: dict[str, Any] | None = None
+    kind: str  # of the device, as JAX names it
+    gpu: dict[str, Any] | None = None  # properties
 
     @property
     def needs(self) -> tuple[tuple[str, ...], str]:
@@ -99,24 +94,15 @@ REPORTED = ("h200", "v5e")
 
 
 class CostRow(NamedTuple):
-    """The cost of one program.
+    """The cost of one program."""
 
-    Attributes:
-      n: residues.
-      mode: of `cases.MODES`.
-      label: of the implementation.
-      temp_bytes: memory for intermediate results.
-      traffic: bytes that its kernels read and write, over one read of `inputs_2d`; None for
-        factors.
-      note: why there are no numbers.
-    """
-
-    n: int
-    mode: str
-    label: str
-    temp_bytes: int | None = None
+    n: int  # residues
+    mode: str  # of `cases.MODES`
+    label: str  # of the implementation
+    temp_bytes: int | None = None  # memory for intermediate results
+    # Bytes that its kernels read and write, over one read of `inputs_2d`; None for factors.
     traffic: float | None = None
-    note: str = ""
+    note: str = ""  # why there are no numbers
 
 
 def missing(target_name: str) -> str | None:

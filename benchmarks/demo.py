@@ -42,27 +42,21 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
 
     results = _results(model, problem)
     before, *after = (results(affine) for affine in (still, *moved))
-    moved_names = [name for name in before if name != "reference"]
+    names = [name for name in before if name != "reference"]
     changes = [
-        {"distance": distance} | {name: _change(found[name], before[name]) for name in moved_names}
+        {"distance": distance} | {name: _change(found[name], before[name]) for name in names}
         for distance, found in zip(DISTANCES, after)
     ]
-    agreement = []
-    if "alphafold" in before:
-        agreement = [
-            {
-                "implementation": name,
-                "error": _change(before[key], before["alphafold"]),
-                "identical": float(jnp.mean(before[key] == before["alphafold"])),
-            }
-            for name, key in (("default", "output"), ("reference", "reference"))
-        ]
-    return {
-        "protein": backbone.name,
-        "residues": n,
-        "moved": changes,
-        "agreement": agreement,
-    }
+    agreement = [
+        {
+            "implementation": implementation,
+            "error": _change(before[name], before["alphafold"]),
+            "identical": float(jnp.mean(before[name] == before["alphafold"])),
+        }
+        for implementation, name in (("default", "output"), ("reference", "reference"))
+        if "alphafold" in before
+    ]
+    return {"protein": backbone.name, "residues": n, "moved": changes, "agreement": agreement}
 
 
 def _frames(backbone: Backbone, model: Model, seed: int) -> list[jax.Array]:

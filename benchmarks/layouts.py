@@ -27,14 +27,14 @@ def to_multimer(parameters: Any, model: Model) -> dict[str, dict[str, Any]]:
     def of_q_k_v(q: Any, kv: Any, num_qk: int) -> dict[str, Any]:
         return {"q": q, "k": kv[..., :num_qk], "v": kv[..., num_qk:]}
 
-    scalars = (by_head(name, "weights") for name in ("q_scalar", "kv_scalar"))
+    q, kv = (by_head(name, "weights") for name in ("q_scalar", "kv_scalar"))
     multimer = {
         f"{_SCOPE}/{x}_scalar_projection": {"weights": weights}
-        for x, weights in of_q_k_v(*scalars, ipa.num_scalar_qk).items()
+        for x, weights in of_q_k_v(q, kv, ipa.num_scalar_qk).items()
     }
     for leaf in ("weights", "bias"):
-        points = (by_head(name, leaf, 3) for name in ("q_point_local", "kv_point_local"))
-        for x, array in of_q_k_v(*points, ipa.num_point_qk).items():
+        q, kv = (by_head(name, leaf, 3) for name in ("q_point_local", "kv_point_local"))
+        for x, array in of_q_k_v(q, kv, ipa.num_point_qk).items():
             # Inside each head all x come before all y before all z.
             heads_first = array.swapaxes(-3, -2)  # [..., H, 3, P]
             linear = multimer.setdefault(f"{_SCOPE}/{x}_point_projection/point_projection", {})

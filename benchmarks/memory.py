@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 # The kernel's out-of-memory killer strikes before the last byte, and estimates are estimates.
-USABLE = 0.9
+_USABLE = 0.9
 
 
 def free_bytes() -> int | None:
@@ -36,34 +36,17 @@ def total_bytes() -> int | None:
         return None
 
 
-T = TypeVar("T")
-
-
-class NotEnoughMemoryError(MemoryError):
-    """Raised instead of starting what would run out of memory."""
-
-
 def check_fits(required_bytes: int, what: str) -> None:
     """Checks an estimate against the free memory.
 
     Raises:
-      NotEnoughMemoryError: saying how much `what` needs and how much is free.
+      MemoryError: saying how much `what` needs and how much is free.
     """
     free = free_bytes()
-    if free is not None and required_bytes > USABLE * free:
-        raise NotEnoughMemoryError(
+    if free is not None and required_bytes > _USABLE * free:
+        raise MemoryError(
             f"{what} needs {required_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception of Python, JAX or PyTorch says that memory ran out."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        return True
-    signs = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(
-        sign.lower() in str(error).lower() for sign in signs
-    )
 
 
 class OutOfMemory(NamedTuple):
@@ -72,11 +55,22 @@ class OutOfMemory(NamedTuple):
     note: str
 
 
-def attempt(function: Callable[[], T]) -> T | OutOfMemory:
-    """The result of `function`, or `OutOfMemory`; other errors are raised."""
+T = TypeVar("T")
+
+
+def attempt(function: Callable[..., T], *args: Any) -> T | OutOfMemory:
+    """The result of `function(*args)`, or `OutOfMemory`; other errors are raised."""
     try:
-        return function()
+        return function(*args)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         return OutOfMemory(str(error).partition("\n")[0])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception of Python, JAX or PyTorch says that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    signs = ("resource_exhausted", "out of memory", "can't allocate memory")
+    return any(sign in str(error).lower() for sign in signs)

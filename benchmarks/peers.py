@@ -37,17 +37,11 @@ class Missing(NamedTuple):
 
 
 class _Peer(NamedTuple):
-    """How to get one peer.
+    """How to get one peer."""
 
-    Attributes:
-      how_to_install: in one line.
-      whats: of `cases.WHATS`, what it can be measured in.
-      how_to_clone: in one line, if it is no package.
-    """
-
-    how_to_install: str
-    whats: tuple[str, ...] = ("module",)
-    how_to_clone: str = ""
+    how_to_install: str  # in one line
+    whats: tuple[str, ...] = ("module",)  # of `cases.WHATS`, what it can be measured in
+    how_to_clone: str = ""  # in one line, if it is no package
 
 
 _ALPHAFOLD = "pip install 'alphafold-colabfold>=2.3.27' 'colabfold-kernels>=0.9'"
@@ -78,7 +72,7 @@ def load(what: str, bench: Bench, checkouts: Checkouts) -> list[Candidate | Miss
         return [Missing(what, obstacle)]
     model = bench.sized_model()
     try:
-        ours = candidates.all_ours(what, model, bench.implementations)
+        ours = candidates.all_ours(what, model, bench)
     except ModuleNotFoundError as error:  # the structure module is AF2's
         return [Missing(what, f"needs {error.name}: {_ALPHAFOLD}")]
     peers = [load_peer(name, what, model, checkouts) for name in bench.peers]

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -45,23 +44,20 @@ def figure(results: Results) -> Figure:
     figure = Figure(figsize=(4.2 * num_columns, 3.6 * len(whats) + 0.8), layout="constrained")
     grid = figure.subplots(len(whats), num_columns, squeeze=False)
     for what, axes in zip(whats, grid):
+        part = what.replace("_", " ")
         for mode, ax in zip(modes, axes):
-            rows = [row for row in timed if (row.what, row.mode) == (what, mode)]
-            _draw_times(ax, rows, labels)
-            ax.set_title(f"{what.replace('_', ' ')}: {MODE_TITLES[mode]}")
+            _draw_times(ax, [row for row in timed if (row.what, row.mode) == (what, mode)], labels)
+            ax.set_title(f"{part}: {MODE_TITLES[mode]}")
         # Also of what was compiled and then did not fit.
         rows = [row for row in results.rows if (row.what, row.mode) == (what, modes[-1])]
-        _draw_memory(axes[-1], rows, labels)
-        axes[-1].set_title(f"{what.replace('_', ' ')}: memory, {MODE_TITLES[modes[-1]]}")
+        _draw(axes[-1], [row for row in rows if row.temp_bytes], labels, "temp_bytes", 1e-6)
+        axes[-1].set_ylabel("temporary memory (MB)")
+        axes[-1].set_title(f"{part}: memory, {MODE_TITLES[modes[-1]]}")
     handles: dict[str, Artist] = {}
     for ax in grid.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=min(len(handles), 4),
-    )
+    shown, ncols = (list(handles.values()), list(handles)), min(len(handles), 4)
+    figure.legend(*shown, loc="outside lower center", ncols=ncols)
     machine = results.machine
     figure.suptitle(
         f"{machine['device']}, {machine['cores']} CPU cores, {results.settings['dtype']}, "
@@ -83,48 +79,29 @@ def check_format(path: str | os.PathLike[str]) -> None:
 
 
 def _draw_times(ax: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
-    for i, label in enumerate(labels):
-        line = _of_label(rows, label)
-        n, style = _column(line, "n"), _style(i)
-        ax.plot(n, _column(line, "median_ms"), **style, label=label)
-        quartiles = _column(line, "q1_ms"), _column(line, "q3_ms")
-        ax.fill_between(n, *quartiles, color=style["color"], alpha=0.2, linewidth=0)
     least = {row.n: row.roofline * row.median_ms for row in rows if row.roofline and row.median_ms}
-    ax.plot(
-        sorted(least),
-        [least[n] for n in sorted(least)],
-        color="black",
-        linestyle="--",
-        label="least possible time",
-    )
+    n = sorted(least)
+    _draw(ax, rows, labels, "median_ms", 1.0)
+    ax.plot(n, [least[x] for x in n], color="black", linestyle="--", label="least possible time")
     ax.set_ylabel("time (ms)")
-    _set_scales(ax, [row.n for row in rows])
 
 
-def _draw_memory(ax: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
+def _draw(ax: Axes, rows: Sequence[Row], labels: Sequence[str], column: str, unit: float) -> None:
+    """A line for each label, with a band of quartiles if it is one of times."""
     for i, label in enumerate(labels):
-        line = [row for row in _of_label(rows, label) if row.temp_bytes]
-        ax.plot(_column(line, "n"), _column(line, "temp_bytes") / 1e6, **_style(i), label=label)
-    ax.set_ylabel("temporary memory (MB)")
-    _set_scales(ax, [row.n for row in rows if row.temp_bytes])
+        line = sorted((row for row in rows if row.label == label), key=lambda row: row.n)
 
+        def values(name: str, line: Sequence[Row] = line) -> np.ndarray:
+            return np.array([getattr(row, name) for row in line], np.float64)
 
-def _of_label(rows: Sequence[Row], label: str) -> list[Row]:
-    return sorted((row for row in rows if row.label == label), key=lambda row: row.n)
-
-
-def _column(rows: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([getattr(row, name) for row in rows], np.float64)
-
-
-def _style(i: int) -> dict[str, Any]:
-    return {"marker": _MARKERS[i % len(_MARKERS)], "color": f"C{i}"}
-
-
-def _set_scales(ax: Axes, sizes: Sequence[int]) -> None:
+        n, marker = values("n"), _MARKERS[i % len(_MARKERS)]
+        ax.plot(n, values(column) * unit, marker=marker, color=f"C{i}", label=label)
+        if column == "median_ms":
+            quartiles = values("q1_ms"), values("q3_ms")
+            ax.fill_between(n, *quartiles, color=f"C{i}", alpha=0.2, linewidth=0)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(sorted(set(sizes)))
+    ax.set_xticks(sorted({row.n for row in rows}))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

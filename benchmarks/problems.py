@@ -23,17 +23,11 @@ LOSS = "squared distance"  # what results call `squared_distance`
 
 
 class Problem(NamedTuple):
-    """Arguments of a computation, a pytree.
+    """Arguments of a computation, a pytree."""
 
-    Attributes:
-      differentiable: pytrees by name; the gradient has the same names.
-      constant: pytrees by name that have no gradient.
-      target: of the result, random: the loss is the squared distance to it.
-    """
-
-    differentiable: dict[str, Any]
-    constant: dict[str, Any]
-    target: Any
+    differentiable: dict[str, Any]  # pytrees by name; the gradient has the same names
+    constant: dict[str, Any]  # pytrees by name that have no gradient
+    target: Any  # of the result, random: the loss is the squared distance to it
 
 
 def squared_distance(output: Any, target: Any) -> jax.Array:
@@ -126,13 +120,13 @@ def _normals(shapes: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def redrawn(initial: hk.Params, key: jax.Array) -> hk.Params:
-    """Parameters as AF2 initialises them, but that no normal number is cut off: one draw."""
-    return jax.tree.map(
-        lambda x, normal: normal / len(x) ** 0.5 if x.ndim > 1 else x,
-        initial,
-        _normals(initial, key),
-    )
+def _weights(initial: hk.Params, normals: hk.Params) -> hk.Params:
+    """AF2's initial weights, but from normal numbers that are not cut off: those given."""
+
+    def leaf(x: jax.Array, normal: jax.Array) -> jax.Array:
+        return normal / len(x) ** 0.5 if x.ndim > 1 else x
+
+    return jax.tree.map(leaf, initial, normals)
 
 
 def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array | FactorizedPair:
@@ -145,44 +139,46 @@ def _pair(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array |
 
 
 def _module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
-    keys = jax.random.split(key, 4)
-    channels = (model.single_channel, model.ipa.num_channel)
-    inputs_1d, target = _normals([jax.ShapeDtypeStruct((n, c), dtype) for c in channels], keys[0])
-
     def call(inputs_1d: jax.Array, inputs_2d: jax.Array) -> Any:
         module = InvariantPointAttention(model.ipa, GLOBAL_CONFIG, implementation="reference")
         return module(inputs_1d, inputs_2d, jnp.ones((1, 1)), QuatAffine.identity(1))
 
-    # One residue is enough: no parameter depends on N.
-    one = jnp.zeros((1, model.single_channel), dtype), jnp.zeros((1, 1, model.pair_channel), dtype)
+    keys = jax.random.split(key, 3)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    initial = hk.transform(call).init(key, *_one_residue(model, dtype).values())
+    shapes = (initial, array((n, model.single_channel)), array((n, model.ipa.num_channel)))
+    normals, inputs_1d, target = _normals(shapes, keys[0])
     differentiable = {
-        "parameters": redrawn(hk.transform(call).init(key, *one), keys[2]),
+        "parameters": _weights(initial, normals),
         "inputs_1d": inputs_1d,
-        "inputs_2d": _pair(model, n, dtype, keys[3]),
-        "affine": random_frames(keys[1], n, position_scale=model.position_scale).to_tensor(),
+        "inputs_2d": _pair(model, n, dtype, keys[1]),
+        "affine": random_frames(keys[2], n, position_scale=model.position_scale).to_tensor(),
     }
     return Problem(differentiable, {"mask": jnp.ones((n, 1))}, target)
+
+
+def _one_residue(model: Model, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Inputs to initialise parameters with: none depends on N."""
+    single = jnp.zeros((1, model.single_channel), dtype)
+    return {"single": single, "pair": jnp.zeros((1, 1, model.pair_channel), dtype)}
 
 
 def _structure_module(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     from benchmarks import structure_module  # imports alphafold
 
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key)
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    representations, target = _normals(
-        (
-            {
-                "single": array((n, model.single_channel)),
-                "pair": array((n, n, model.pair_channel)),
-            },
-            {
-                "act": array((n, model.ipa.num_channel)),
-                "affine": jax.ShapeDtypeStruct((model.num_layer, n, 7), jnp.float32),
-            },
-        ),
-        keys[0],
-    )
-    parameters = structure_module.parameters(model, dtype, keys[1])
-    aatype = jax.random.randint(keys[2], (n,), 0, structure_module.NUM_AMINO_ACIDS)
+    initial = structure_module.initial_parameters(model, _one_residue(model, dtype))
+    representations = {
+        "single": array((n, model.single_channel)),
+        "pair": array((n, n, model.pair_channel)),
+    }
+    target = {
+        "act": array((n, model.ipa.num_channel)),
+        "affine": jax.ShapeDtypeStruct((model.num_layer, n, 7), jnp.float32),
+    }
+    normals, representations, target = _normals((initial, representations, target), keys[0])
+    parameters = structure_module.away_from_kinks(_weights(initial, normals))
+    aatype = jax.random.randint(keys[1], (n,), 0, structure_module.NUM_AMINO_ACIDS)
     constant = {"seq_mask": jnp.ones(n), "aatype": aatype}
     return Problem({"parameters": parameters, **representations}, constant, target)

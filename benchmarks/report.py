@@ -1,8 +1,9 @@
 """Results as text for the terminal and as Markdown for the README."""
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,24 @@ def _machine_name(m: dict[str, Any]) -> str:
 
 def demonstration(demo: dict[str, Any]) -> str:
     """The demonstration on a real protein."""
-    has_alphafold = bool(demo["agreement"])
-    header = ["translation", "attention weights", "output", "float64 output"]
-    header += ["AlphaFold 2's output"] * has_alphafold
-    names = ["attention", "output", "rounding"] + ["alphafold"] * has_alphafold
-    rows = [
-        [f"{moved['distance']:,.0f} Å", *(f"{moved[name]:.1e}" for name in names)]
-        for moved in demo["moved"]
-    ]
+    columns: dict[str, Callable[[dict[str, float]], str]] = {
+        "translation": lambda moved: f"{moved['distance']:,.0f} Å"
+    }
+    titles = {
+        "attention": "attention weights",
+        "output": "output",
+        "rounding": "float64 output",
+        "alphafold": "AlphaFold 2's output",
+    }
+    for name, title in titles.items():
+        if all(name in moved for moved in demo["moved"]):
+            columns[title] = f"{{0[{name}]:.1e}}".format
     lines = [
         f"{demo['protein']}, {demo['residues']} residues, moved as a whole by a random rotation "
         "and a translation.",
         "Change of each result over its largest element; that of the float64 output is what "
         "float32 coordinates alone cost:",
-        *_table(header, rows),
+        *_table(columns, demo["moved"]),
     ]
     lines += [
         f"AlphaFold 2 against implementation={x['implementation']}: off by {x['error']:.1e} of the "
@@ -99,57 +104,51 @@ def _base(what: str) -> str:
 
 
 def _rows_table(rows: Sequence[Row], what: str) -> list[str]:
-    header = [
-        "implementation", "", "median ms", "quartiles", "compile s", f"speed ({_base(what)} = 1)",
-        "temp MB", "error", "roofline",
-    ]  # fmt: skip
-    lines = _table(header, [_cells(row) for row in rows])
+    columns: dict[str, Callable[[Row], str]] = {
+        "implementation": lambda row: row.label,
+        "": lambda row: MODE_TITLES[row.mode],
+        "median ms": _time,
+        "quartiles": lambda row: (
+            f"{_number(row.q1_ms)} to {_number(row.q3_ms)}" if row.median_ms else _MISSING
+        ),
+        "compile s": lambda row: _number(row.compile_s, "{:.1f}"),
+        f"speed ({_base(what)} = 1)": lambda row: _number(row.speedup, "{:.2f}"),
+        "temp MB": lambda row: _megabytes(row.temp_bytes),
+        "error": lambda row: _number(row.error, "{:.1e}"),
+        "roofline": lambda row: _number(row.roofline, "{:.0%}"),
+    }
     notes = dict.fromkeys(f"  {row.label}: {row.note}" for row in rows if row.note)
-    return [*lines, *notes, *_errors_table(rows)]
+    return [*_table(columns, rows), *notes, *_errors_table(rows)]
 
 
 def _errors_table(rows: Sequence[Row]) -> list[str]:
     """The errors of each group, where there are several."""
-    several = [(row, row.errors) for row in rows if row.errors and len(row.errors) > 1]
+    several = [row for row in rows if row.errors and len(row.errors) > 1]
+    columns: dict[str, Callable[[Row], str]] = {
+        "errors": lambda row: row.label,
+        "": lambda row: MODE_TITLES[row.mode],
+    }
     if not several:
         return []
-    groups = list(several[0][1])
-    cells = [
-        [row.label, MODE_TITLES[row.mode], *(_number(errors[name], "{:.1e}") for name in groups)]
-        for row, errors in several
-    ]
-    return _table(["errors", "", *groups], cells)
+    for name in several[0].errors or ():
+        columns[name] = functools.partial(_group_error, name)
+    return _table(columns, several)
 
 
-def _cells(row: Row) -> list[str]:
-    is_timed = row.median_ms is not None
-    return [
-        row.label,
-        MODE_TITLES[row.mode],
-        _number(row.median_ms) if is_timed else row.status,
-        f"{_number(row.q1_ms)} to {_number(row.q3_ms)}" if is_timed else _MISSING,
-        _number(row.compile_s, "{:.1f}"),
-        _number(row.speedup, "{:.2f}"),
-        _megabytes(row.temp_bytes),
-        _number(row.error, "{:.1e}"),
-        _number(row.roofline, "{:.0%}"),
-    ]
+def _group_error(name: str, row: Row) -> str:
+    return _number((row.errors or {})[name], "{:.1e}")
 
 
 def cost(target: str, rows: Sequence[CostRow]) -> str:
     """What programs compiled for a target would need."""
-    header = ["N", "implementation", "", "temp MB", "traffic / inputs_2d"]
-    cells = [
-        [
-            str(row.n),
-            row.label,
-            MODE_TITLES[row.mode],
-            _megabytes(row.temp_bytes),
-            row.note or _number(row.traffic, "{:.1f}"),
-        ]
-        for row in rows
-    ]
-    return "\n".join([f"Compiled for {target}", *_table(header, cells)])
+    columns: dict[str, Callable[[CostRow], str]] = {
+        "N": lambda row: str(row.n),
+        "implementation": lambda row: row.label,
+        "": lambda row: MODE_TITLES[row.mode],
+        "temp MB": lambda row: _megabytes(row.temp_bytes),
+        "traffic / inputs_2d": lambda row: row.note or _number(row.traffic, "{:.1f}"),
+    }
+    return "\n".join([f"Compiled for {target}", *_table(columns, rows)])
 
 
 def markdown(results: Results, source: str | None) -> str:
@@ -178,7 +177,7 @@ def markdown(results: Results, source: str | None) -> str:
 def _markdown_table(rows: Sequence[Row], what: str) -> str:
     modes = list(dict.fromkeys(row.mode for row in rows))
     columns: dict[str, Callable[[Row], str]] = {
-        "time (ms)": lambda row: _number(row.median_ms) if row.median_ms else row.status,
+        "time (ms)": _time,
         f"speed ({_base(what)} = 1)": lambda row: _number(row.speedup, "{:.1f}"),
         "temporary memory (MB)": lambda row: _megabytes(row.temp_bytes),
         "error": lambda row: _number(row.error, "{:.0e}"),
@@ -217,19 +216,17 @@ def around_markers(path: str | os.PathLike[str]) -> tuple[str, str]:
     return before, after
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _table(columns: dict[str, Callable[[Any], str]], rows: Sequence[Any]) -> list[str]:
     """Aligned lines: the first column and those of words to the left, numbers to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    is_text = [i == 0 or name in ("", "implementation") for i, name in enumerate(header)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, is_text)
-        ).rstrip()
-        for line in lines
-    ]
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    is_text = [i == 0 or name in ("", "implementation") for i, name in enumerate(columns)]
+    forms = [f"{{:{'<' if left else '>'}{width}}}" for left, width in zip(is_text, widths)]
+    return [f"  {'  '.join(forms).format(*line)}".rstrip() for line in lines]
+
+
+def _time(row: Row) -> str:
+    return _number(row.median_ms) if row.median_ms else row.status
 
 
 def _number(x: float | None, form: str | None = None) -> str:

@@ -20,48 +20,27 @@ MEMORY_MARGIN = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One implementation at one size in one mode.
+    """One implementation at one size in one mode."""
 
-    Attributes:
-      what: of `cases.WHATS`.
-      n: residues.
-      dtype: of activations and weights.
-      mode: of `cases.MODES`.
-      implementation: name on the command line.
-      label: name in tables.
-      status: "ok"; "wrong" if the result is (there is no time then); "out of memory"; or
-        "unsupported".
-      note: the reason of a status, or a reservation.
-      median_ms: time of a run, the median of the samples.
-      q1_ms: lower quartile.
-      q3_ms: upper quartile.
-      samples: number of samples.
-      compile_s: time to trace and compile, the median of up to three times.
-      temp_bytes: XLA's memory for intermediate results.
-      speedup: AF2's median over this row's, of the same run.
-      error: largest error relative to the largest element, against float64; of a gradient, the
-        worst of its groups.
-      roofline: fraction of the speed that the machine's rates would allow.
-      errors: the errors of all groups, None for one that is not finite.
-    """
-
-    what: str
-    n: int
-    dtype: str
-    mode: str
-    implementation: str
-    label: str
-    status: str = "ok"
-    note: str = ""
-    median_ms: float | None = None
-    q1_ms: float | None = None
-    q3_ms: float | None = None
+    what: str  # of `cases.WHATS`
+    n: int  # residues
+    dtype: str  # of activations and weights
+    mode: str  # of `cases.MODES`
+    implementation: str  # name on the command line
+    label: str  # name in tables
+    status: str = "ok"  # "wrong" if the result is (there is no time then), "out of memory", ...
+    note: str = ""  # the reason of a status, or a reservation
+    median_ms: float | None = None  # time of a run, of the samples
+    q1_ms: float | None = None  # lower quartile
+    q3_ms: float | None = None  # upper quartile
     samples: int = 0
-    compile_s: float | None = None
-    temp_bytes: int | None = None
-    speedup: float | None = None
+    compile_s: float | None = None  # time to trace and compile, the median of up to three times
+    temp_bytes: int | None = None  # XLA's memory for intermediate results
+    speedup: float | None = None  # AF2's median over this row's, of the same run
+    # The largest error relative to the largest element, against float64; of the worst group.
     error: float | None = None
-    roofline: float | None = None
+    roofline: float | None = None  # fraction of the speed that the machine's rates would allow
+    # Of all groups; None for one that is not finite.
     errors: dict[str, float | None] | None = None
 
     @property
@@ -72,27 +51,17 @@ class Row:
 
 @dataclasses.dataclass
 class Results:
-    """One run; what the JSON file holds beside the version of its schema.
+    """One run; what the JSON file holds beside the version of its schema."""
 
-    Attributes:
-      date: ISO 8601, UTC.
-      machine: of `machine.describe`.
-      settings: of `cases.Bench`.
-      demonstration: of `demo.run`, or None.
-      missing: peers that were left out, {"name": ..., "reason": ...}.
-      rows: what was measured.
-      is_complete: whether the run reached its end.
-      loss: whose gradient was measured; in files that do not say so, <cotangent, output>, linear
-        in the output, and without its value.
-    """
-
-    date: str
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    demonstration: dict[str, Any] | None = None
+    date: str  # ISO 8601, UTC
+    machine: dict[str, Any]  # of `machine.describe`
+    settings: dict[str, Any]  # of `cases.Bench`
+    demonstration: dict[str, Any] | None = None  # of `demo.run`
+    # What was left out: {"name": ..., "reason": ...}.
     missing: list[dict[str, str]] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
-    is_complete: bool = False
+    is_complete: bool = False  # whether the run reached its end
+    # Whose gradient was measured; in files that do not say so, <cotangent, output>, and no value.
     loss: str = "linear"
 
     def write(self, path: str | os.PathLike[str]) -> None:

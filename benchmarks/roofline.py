@@ -6,10 +6,9 @@ import jax.numpy as jnp
 
 from benchmarks.cases import Model
 
-# A gradient reads inputs_2d in the forward and in the backward pass, and writes its gradient.
-_PASSES_OVER_PAIR = {"forward": 1, "grad": 3}
-# Each product of matrices in the forward pass has two in the backward pass.
-_PRODUCTS = {"forward": 1, "grad": 3}
+# A gradient reads inputs_2d in the forward and in the backward pass, and writes its gradient. Each
+# product of matrices in the forward pass has two in the backward pass.
+_TIMES = {"forward": 1, "grad": 3}
 
 
 def pair_bytes(model: Model, n: int, dtype: str) -> int:
@@ -25,11 +24,10 @@ def least_seconds(
 
     Of the structure module, the attention alone counts.
     """
-    layers = model.num_layer if what == "structure_module" else 1
-    moved = _PASSES_OVER_PAIR[mode] * pair_bytes(model, n, dtype)
-    operations = _PRODUCTS[mode] * forward_operations(model, n, with_projections=what != "core")
-    return layers * max(
-        moved / (1e9 * machine["bandwidth_gb_s"]),
+    times = _TIMES[mode] * (model.num_layer if what == "structure_module" else 1)
+    operations = forward_operations(model, n, with_projections=what != "core")
+    return times * max(
+        pair_bytes(model, n, dtype) / (1e9 * machine["bandwidth_gb_s"]),
         operations / (1e9 * machine["matmul_gflop_s"]),
     )
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import datetime
-import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,42 +25,22 @@ from benchmarks.timing import Stopwatch, interleave, summarize
 _COLD_BYTES = 2**28
 
 
-class _Case(NamedTuple):
-    """What is timed together: `what` for `n` residues in one `mode`."""
-
-    what: str
-    n: int
-    mode: str
-
-
-class _Expected(NamedTuple):
-    """What the result must be.
-
-    Attributes:
-      groups: the result.
-      is_float64: whether it is exact, so that the size of the error says something.
-    """
-
-    groups: Groups
-    is_float64: bool
-
-
 class _Entry:
     """A candidate on its way through a case: compiled, checked, judged, timed, or out."""
 
-    def __init__(self, candidate: Candidate, case: _Case, dtype: str):
+    def __init__(self, candidate: Candidate, case: Row):
         self.candidate = candidate
         self.prepared: Prepared | None = None
         self.errors: dict[str, float] = {}  # by group, if it was checked
         self.stopwatch: Stopwatch | None = None
-        self.row = Row(*case[:2], dtype, case.mode, candidate.name, candidate.label)
+        self.row = dataclasses.replace(case, implementation=candidate.name, label=candidate.label)
 
     def attempt(self, step: Callable[..., None], *args: Any) -> None:
         """Takes a step unless the candidate is out; running out of memory puts it out."""
         if self.row.status != "ok":
             return
         try:
-            outcome = memory.attempt(functools.partial(step, *args))
+            outcome = memory.attempt(step, *args)
         except NotImplementedError as error:
             self.fail("unsupported", str(error))
         else:
@@ -75,8 +54,10 @@ class _Entry:
     def set(self, **fields: Any) -> None:
         self.row = dataclasses.replace(self.row, **fields)
 
-    def prepare(self, copies: list[Problem], expected: _Expected | OutOfMemory) -> None:
-        """Compiles, and finds the errors."""
+    def prepare(
+        self, copies: list[Problem], expected: Groups | OutOfMemory, is_float64: bool
+    ) -> None:
+        """Compiles, and finds the errors, which say something if what is expected is exact."""
         self.prepared = prepared = self.candidate.prepare(copies, self.row.mode)
         self.set(compile_s=prepared.compile_seconds, temp_bytes=prepared.temp_bytes)
         memory.check_fits(prepared.required_bytes, "it")
@@ -86,13 +67,12 @@ class _Entry:
             self.set(note=f"not checked: {expected.note}")
         else:
             groups = prepared.groups(prepared.start(0))
-            right = self.candidate.in_layout(expected.groups)
-            self.errors = checks.group_errors(groups, right)
-            if expected.is_float64:
-                # There is no infinity in JSON.
-                finite = {k: x if math.isfinite(x) else None for k, x in self.errors.items()}
-                worst = max(self.errors.values())
-                self.set(errors=finite, error=worst if math.isfinite(worst) else None)
+            self.errors = checks.group_errors(groups, self.candidate.in_layout(expected))
+            if is_float64:
+                self.set(
+                    errors={name: _finite(x) for name, x in self.errors.items()},
+                    error=_finite(max(self.errors.values())),
+                )
 
     def judge(self, own_errors: dict[str, float], limit: float) -> None:
         """Puts the candidate out if it is wrong; notes where only AF2's own error excuses it."""
@@ -115,10 +95,15 @@ class _Entry:
         """Enters the times if the candidate came through."""
         if self.stopwatch is None:
             return
-        summary = summarize(self.stopwatch.samples)
+        samples = self.stopwatch.samples
+        summary = summarize(samples)
         times = {f"{name}_ms": 1e3 * x for name, x in summary._asdict().items()}
-        roofline_ = least_seconds / summary.median
-        self.set(**times, samples=len(self.stopwatch.samples), roofline=roofline_)
+        self.set(**times, samples=len(samples), roofline=least_seconds / summary.median)
+
+
+def _finite(error: float) -> float | None:
+    """There is no infinity in JSON."""
+    return error if math.isfinite(error) else None
 
 
 def _off(errors: dict[str, float], others: dict[str, float], word: str) -> str:
@@ -165,10 +150,11 @@ class Runner:
         steps *= len(bench.sizes) * len(bench.modes)
         with tqdm.tqdm(total=steps, disable=None, leave=False) as bar:
             for what, n in itertools.product(field, bench.sizes):
-                copies = memory.attempt(functools.partial(self._make_copies, what, n))
+                copies = memory.attempt(self._make_copies, what, n)
                 for mode in bench.modes:
                     bar.set_description(f"{what} N={n} {mode}")
-                    self.results.rows += self._measure(_Case(what, n, mode), copies, bar.update)
+                    case = Row(what, n, bench.dtype, mode, "", "")
+                    self.results.rows += self._measure(case, copies, bar.update)
                     on_case()
 
     def _make_copies(self, what: str, n: int) -> list[Problem]:
@@ -182,22 +168,26 @@ class Runner:
         return jax.block_until_ready([problem, *more])
 
     def _measure(
-        self, case: _Case, copies: list[Problem] | OutOfMemory, advance: Callable[[int], Any]
+        self, case: Row, copies: list[Problem] | OutOfMemory, advance: Callable[[int], Any]
     ) -> list[Row]:
-        """The rows of one case; tells `advance` the steps done."""
-        bench, baseline = self._bench, self._baseline(case.what)
-        entries = [_Entry(c, case, bench.dtype) for c in self._field[case.what]]
+        """The rows of one case, a row with no more in it; tells `advance` the steps done."""
+        bench = self._bench
+        entries = [_Entry(candidate, case) for candidate in self._field[case.what]]
         if isinstance(copies, OutOfMemory):
             for entry in entries:
                 entry.fail("out of memory", copies.note)
             advance(len(entries) + bench.repeats)
             return [entry.row for entry in entries]
 
-        expected = memory.attempt(functools.partial(self._expected, case, copies[0]))
+        is_float64 = case.n <= bench.float64_max_size
+        compute = checks.float64_result if is_float64 else checks.float32_result
+        reference = candidates.reference(case.what, self._model)
+        expected = memory.attempt(compute, reference, copies[0], case.mode)
         for entry in entries:
-            entry.attempt(entry.prepare, copies, expected)
+            entry.attempt(entry.prepare, copies, expected, is_float64)
             advance(1)
-        self._judge(case, entries, copies[0], expected)
+        if not isinstance(expected, OutOfMemory):
+            self._judge(case, entries, copies[0], expected)
         del expected  # its memory
         for entry in entries:
             entry.attempt(entry.warm_up, len(copies), 1e-3 * bench.min_sample_ms, self._is_cpu)
@@ -207,33 +197,19 @@ class Runner:
         )
         for entry in entries:
             entry.finish(least)
-        return _with_speedups([entry.row for entry in entries], baseline)
+        return _with_speedups([entry.row for entry in entries], self._baseline(case.what))
 
-    def _expected(self, case: _Case, problem: Problem) -> _Expected:
-        """What the result must be, exact if the problem is small enough."""
-        reference = candidates.reference(case.what, self._model)
-        is_float64 = case.n <= self._bench.float64_max_size
-        compute = checks.float64_result if is_float64 else checks.float32_result
-        return _Expected(compute(reference, problem, case.mode), is_float64)
-
-    def _judge(
-        self,
-        case: _Case,
-        entries: list[_Entry],
-        problem: Problem,
-        expected: _Expected | OutOfMemory,
-    ) -> None:
+    def _judge(self, case: Row, entries: list[_Entry], problem: Problem, expected: Groups) -> None:
         """Puts out what is wrong, by AF2's own errors where the limit alone would not do."""
         limit = checks.error_limit(self._bench.dtype, self.results.machine["platform"])
         own_errors: dict[str, float] = {}
         if any(checks.wrong_groups(entry.errors, {}, limit) for entry in entries):
-            assert isinstance(expected, _Expected)
             own_errors = self._own_errors(case, entries, problem, expected)
         for entry in entries:
             entry.judge(own_errors, limit)
 
     def _own_errors(
-        self, case: _Case, entries: list[_Entry], problem: Problem, expected: _Expected
+        self, case: Row, entries: list[_Entry], problem: Problem, expected: Groups
     ) -> dict[str, float]:
         """AF2's errors in this case, or the reference's, which runs AF2's operations."""
         found = {entry.row.implementation: entry.errors for entry in entries if entry.errors}
@@ -241,11 +217,8 @@ class Runner:
             if name in found:
                 return found[name]
         reference = candidates.reference(case.what, self._model)
-        compute = functools.partial(checks.float32_result, reference, problem, case.mode)
-        result = memory.attempt(compute)
-        if isinstance(result, OutOfMemory):
-            return {}
-        return checks.group_errors(result, expected.groups)
+        result = memory.attempt(checks.float32_result, reference, problem, case.mode)
+        return {} if isinstance(result, OutOfMemory) else checks.group_errors(result, expected)
 
     def _baseline(self, what: str) -> str:
         """Name of the candidate that the others are compared with: AF2's, where it has one.

@@ -12,7 +12,7 @@ from alphafold.model import config as af2_config
 from alphafold.model import folding, prng
 
 from benchmarks.cases import Model
-from benchmarks.problems import GLOBAL_CONFIG, redrawn
+from benchmarks.problems import GLOBAL_CONFIG
 
 NUM_AMINO_ACIDS = 20
 
@@ -45,22 +45,26 @@ def _transformed(model: Model) -> hk.Transformed:
     return hk.transform(call)
 
 
-def parameters(model: Model, dtype: jnp.dtype, key: jax.Array) -> hk.Params:
-    """Random parameters of AF2's structure module for activations of type `dtype`.
-
-    Its ReLUs get inputs of about +1 or -1, by channel. Those of a fresh module come as near to 0 as
-    1e-7 in a chain of 256 residues: float32 and float64 then see different sides of a ReLU, where
-    the gradient jumps by up to 5e-2 of its largest element, and its error says nothing.
-    """
-    single = jnp.zeros((1, model.single_channel), dtype)
-    pair = jnp.zeros((1, 1, model.pair_channel), dtype)
+def initial_parameters(model: Model, representations: dict[str, jax.Array]) -> hk.Params:
+    """Parameters as AF2 initialises them, for the representations of one residue."""
     batch = {"seq_mask": jnp.ones(1), "aatype": jnp.zeros(1, jnp.int32)}
-    initial = _transformed(model).init(key, {"single": single, "pair": pair}, batch)
-    drawn = redrawn(initial, key)
-    for name in [name for name in drawn if name.endswith(("/transition", "/transition_1"))]:
-        bias = jnp.where(jnp.arange(len(drawn[name]["bias"])) % 2, 1, -1).astype(dtype)
-        drawn[name] = {"weights": 0.1 * drawn[name]["weights"], "bias": bias}
-    return drawn
+    return _transformed(model).init(jax.random.key(0), representations, batch)
+
+
+def away_from_kinks(parameters: hk.Params) -> hk.Params:
+    """Parameters with which the transition's ReLUs get inputs of about +1 or -1, by channel.
+
+    With random ones some inputs are within 1e-7 of 0 in a chain of 256 residues: float32 and
+    float64 then see different sides of a ReLU, where the gradient jumps by up to 5e-2 of its
+    largest element, and its error says nothing.
+    """
+    result = dict(parameters)
+    for name in parameters:
+        if name.endswith(("/transition", "/transition_1")):
+            weights, bias = (parameters[name][leaf] for leaf in ("weights", "bias"))
+            signs = jnp.where(jnp.arange(len(bias)) % 2, 1, -1).astype(bias.dtype)
+            result[name] = {"weights": 0.1 * weights, "bias": signs}
+    return result
 
 
 def forward(

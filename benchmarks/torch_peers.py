@@ -24,7 +24,7 @@ from benchmarks.candidates import Candidate, Groups, Prepared
 from benchmarks.cases import Model
 from benchmarks.problems import Problem
 from ipa_haiku.quat_affine import QUAT_TO_ROT
-from ipa_haiku.weights import to_openfold
+from ipa_haiku.weights import Layout, to_openfold
 
 # Of module, inputs_1d [N, C_s], inputs_2d [N, N, C_z], rotation [N, 3, 3], translation [N, 3] and
 # mask [N].
@@ -36,17 +36,11 @@ _INPUTS = ("inputs_1d", "inputs_2d", "affine")
 
 @dataclasses.dataclass(frozen=True)
 class TorchCandidate(Candidate):
-    """A PyTorch module; `layout` makes its state.
+    """A PyTorch module; `layout` makes its state."""
 
-    Attributes:
-      model: sizes.
-      module: with any weights.
-      call: runs it.
-    """
-
-    model: Model
-    module: torch.nn.Module
-    call: Call
+    model: Model  # sizes
+    module: torch.nn.Module  # with any weights
+    call: Call  # runs it
 
     def prepare(self, copies: Sequence[Problem], mode: str) -> Prepared:
         """Loads weights and inputs; see `Candidate.prepare`."""
@@ -153,7 +147,7 @@ def openfold(model: Model, checkout: str) -> TorchCandidate:
         structure_module = importlib.import_module("openfold.model.structure_module")
         rigid_utils = importlib.import_module("openfold.utils.rigid_utils")
     module = structure_module.InvariantPointAttention(**_openfold_sizes(model))
-    layout = "openfold" if hasattr(structure_module, "PointProjection") else "esmfold"
+    layout: Layout = "openfold" if hasattr(structure_module, "PointProjection") else "esmfold"
     return TorchCandidate(
         "openfold",
         "OpenFold",

@@ -18,10 +18,10 @@ from ipa_haiku.attention.pair import StructuredPair, is_dense
 from ipa_haiku.attention.types import (
     AttentionTerms,
     IPAInputs,
-    IPAOutput,
     LogitScales,
     as_mask,
     check_pair,
+    wide_dtype,
 )
 from ipa_haiku.checks import assert_floating, assert_integer, assert_shape
 from ipa_haiku.common_modules import Linear
@@ -115,14 +115,31 @@ class BaseInvariantPointAttention(hk.Module):
         result = attention_core(inputs, self._logit_scales(), options, is_centered=is_centered)
         # By indexing: the gradient of a split moves more memory on GPUs.
         point_local = frames.invert_point([result.point[..., d] for d in range(3)], extra_dims=2)
-        features = _output_features(result, point_local, self._norm(point_local))
-        output = Linear(
+        features = [result.scalar, *point_local, self._norm(point_local)]
+        if result.pair is not None:
+            features.append(result.pair)
+        output = self._project([x.reshape(*x.shape[:-2], -1) for x in features], inputs_1d.dtype)
+        return output if result.attention is None else (output, result.attention)
+
+    @hk.transparent
+    def _project(self, features: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+        """The output projection [..., N, num_channel] (line 11).
+
+        Args:
+          features: [..., N, channels] each, in AF2's order: scalar, local x, local y, local z,
+            norm, pair (if any); side by side they have H*(Cv + 4*Pv + C_z) channels.
+          dtype: of new parameters. Where given ones are wider, so is what they multiply.
+        """
+        projection = Linear(
             self.config.num_channel,
             initializer="zeros" if self._zero_init else "linear",
-            precision=options.precision,
+            precision=self._options.precision,
             name="output_projection",
-        )(features.astype(inputs_1d.dtype))
-        return output if result.attention is None else (output, result.attention)
+        )
+        shape = (*features[0].shape[:-1], sum(x.shape[-1] for x in features))
+        weights, _ = projection.weights_and_bias(jax.ShapeDtypeStruct(shape, dtype))
+        dtype = jnp.promote_types(dtype, weights.dtype)
+        return projection(jnp.concatenate([x.astype(dtype) for x in features], axis=-1))
 
     def _at_center(
         self,
@@ -136,9 +153,7 @@ class BaseInvariantPointAttention(hk.Module):
         Nothing but rounding depends on it, as all frames that see each other move alike.
         """
         # Differences of float16 coordinates may be infinite.
-        rotation, translation = (
-            x.astype(jnp.result_type(x, jnp.float32)) for x in (rotation, translation)
-        )
+        rotation, translation = (x.astype(wide_dtype(x)) for x in (rotation, translation))
         sharding = self._options.sharding
         if sharding is not None and segment_ids is not None:
             segment_ids = sharding.on_every_device(segment_ids)
@@ -154,9 +169,9 @@ class BaseInvariantPointAttention(hk.Module):
           local: x, y, z [..., N, H, points] in them, of queries, keys and values in this order, in
             any number of parts: all points move at once.
         """
-        dtype = frames.translation[0].dtype
         components = [jnp.concatenate(parts, axis=-1) for parts in zip(*local)]
-        components = [x.astype(jnp.promote_types(x.dtype, dtype)) for x in components]
+        dtype = wide_dtype(*components, *frames.translation)
+        components = [x.astype(dtype) for x in components]
         points = jnp.stack(frames.apply_to_point(components, extra_dims=2), axis=-1)
         num_qk = self.config.num_point_qk
         return jnp.split(points, [num_qk, 2 * num_qk], axis=-2)
@@ -217,21 +232,3 @@ def _check_inputs(
     if segment_ids is not None:
         assert_integer("segment_ids", segment_ids)
         assert_shape("segment_ids", segment_ids, "... N", batch)
-
-
-def _output_features(
-    result: IPAOutput, point_local: Sequence[jax.Array], norm: jax.Array
-) -> jax.Array:
-    """What the output projection reads (line 11), [..., N, H*(Cv + 4*Pv + C_z)].
-
-    In AF2's order: scalar, local x, local y, local z, norm, pair (if any).
-
-    Args:
-      result: of the attention core.
-      point_local: components of the output points in the local frames, three of [..., N, H, Pv].
-      norm: [..., N, H, Pv] their norms.
-    """
-    parts = [result.scalar, *point_local, norm]
-    if result.pair is not None:
-        parts.append(result.pair)
-    return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)

@@ -74,7 +74,9 @@ class Linear(hk.Module):
         assert_floating("inputs", inputs)
         weights, bias = self.weights_and_bias(inputs)
         output = jnp.tensordot(inputs, weights, axes=self.num_input_dims, precision=self.precision)
-        return output if bias is None else output + bias
+        if bias is None:
+            return output
+        return output + jnp.expand_dims(bias, range(output.ndim - bias.ndim))
 
     def weights_and_bias(
         self, inputs: jax.Array | jax.ShapeDtypeStruct

@@ -16,6 +16,7 @@ of three arrays, unless a function says "tensor": then the components are in the
 The functions of these alone are in `rotation.py`, and can be imported from here.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ class QuatAffine:
     @classmethod
     def identity(cls, n: int | Sequence[int]) -> "QuatAffine":
         """Makes identity frames of shape [n], or of the shape `n` if it is a sequence."""
-        shape = (n,) if isinstance(n, int) else tuple(n)
+        shape = tuple(n) if isinstance(n, Sequence) else (operator.index(n),)
         quaternion = jnp.broadcast_to(jnp.array([1.0, 0.0, 0.0, 0.0]), (*shape, 4))
         return cls(quaternion, jnp.zeros((*shape, 3)), normalize=False, unstack_inputs=True)
 

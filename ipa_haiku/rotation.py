@@ -66,6 +66,7 @@ def _bilinear(table: np.ndarray, left: jax.Array, right: jax.Array) -> jax.Array
     Closed multiply-adds would be shorter to run, but leave it to the compiler which of two
     products it fuses into the addition, so that the last bit would depend on the surroundings.
     """
+    table = np.expand_dims(table, tuple(range(left.ndim - 1)))
     terms = table * left[..., :, None, None] * right[..., None, :, None]  # [..., i, j, k]
     return jnp.sum(terms, axis=(-3, -2))
 

@@ -103,6 +103,12 @@ def _core_inputs(
         affine[..., :4] /= np.linalg.norm(affine[..., :4], axis=-1, keepdims=True)
     if points == "far":  # 10,000 A
         affine[..., 4:] += [600.0, 0.0, -800.0]
+    if points == "outlier":  # one residue 1,000 A from all others
+        affine[..., 2:3, 4:] += [60.0, 0.0, -80.0]
+    if points == "domains":  # 300 A from each other
+        affine[..., ::2, 4:] += [18.0, 0.0, -24.0]
+    if points == "one_hot":  # each query sees the key of its own number only
+        affine[..., 4] += 40.0 * np.arange(affine.shape[-2])
 
     def place(n, num_point):
         local = normal(*batch, n, config.num_head, num_point, 3)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ipa_haiku import (
     FactorizedPair,
+    KernelConfig,
     LogitScales,
     QuatAffine,
     RowSharding,
@@ -22,12 +23,11 @@ from ipa_haiku import (
     folding_multimer,
     invariant_point_attention,
 )
-from ipa_haiku import KernelConfig
-from ipa_haiku.attention.rows import BY_ROW
 
 TOLERANCE = 2e-6  # of the largest element
 SCALES = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
 MASKS = ("q_mask", "k_mask")
+BY_ROW = ("q_scalar", "q_point", "inputs_2d", "q_mask", "q_segment_ids")
 
 
 def make_mesh(shape=(8,), names=("rows",), axis_type=AxisType.Explicit):
@@ -133,7 +133,9 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
         pytest.param(
             {
                 "implementation": "pallas",
-                "kernel_config": KernelConfig(forward_block=16, backward_block=16, tile=16, interpret=True),
+                "kernel_config": KernelConfig(
+                    forward_block=16, backward_block=16, tile=16, interpret=True
+                ),
             },
             marks=pytest.mark.slow,
         ),

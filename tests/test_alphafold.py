@@ -36,7 +36,9 @@ def classes_in_use():
 @pytest.fixture(autouse=True)
 def af2_is_left_as_it_was():
     yield
-    assert classes_in_use() == AF2_CLASSES
+    in_use = classes_in_use()
+    folding.InvariantPointAttention, folding_multimer.InvariantPointAttention = AF2_CLASSES
+    assert in_use == AF2_CLASSES
 
 
 # --- the structure module ------------------------------------------------------------------------
@@ -264,22 +266,23 @@ def test_the_whole_model(variant):
         np.testing.assert_allclose(our_plddt, plddt, rtol=0, atol=1e-2)
 
 
-def test_af2s_module_takes_our_frames(sizes_of, make_inputs):
+def test_af2s_module_takes_our_frames(sizes_of, make_inputs, make_params):
     sizes = sizes_of("tiny")
     inputs = make_inputs(sizes, 5)
 
-    def call(quat_affine):
-        def module(inputs_1d, inputs_2d, mask, affine):
+    def module(quat_affine):
+        def call(inputs_1d, inputs_2d, mask, affine):
             module = folding.InvariantPointAttention(
                 sizes.config, types.SimpleNamespace(zero_init=False)
             )
             return module(inputs_1d, inputs_2d, mask, quat_affine.from_tensor(affine))
 
-        module = hk.transform(module)
-        params = jax.jit(module.init)(jax.random.key(0), *inputs)
-        return jax.jit(module.apply)(params, None, *inputs)
+        return hk.without_apply_rng(hk.transform(call))
 
-    np.testing.assert_array_equal(call(ipa_haiku.QuatAffine), call(af2_quat_affine.QuatAffine))
+    modules = module(ipa_haiku.QuatAffine), module(af2_quat_affine.QuatAffine)
+    params = make_params(modules[1], *inputs)
+    with_ours, with_theirs = jax.jit(lambda: [m.apply(params, *inputs) for m in modules])()
+    np.testing.assert_array_equal(with_ours, with_theirs)
 
 
 # --- swapping ------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def assert_ours(implementation):
         assert issubclass(cls, ours.InvariantPointAttention)
         for made, expected in ((cls, implementation), (Derived, "reference")):
             module = hk.testing.transform_and_run(made)(ipa_haiku.IPAConfig())
-            assert module._implementation == expected
+            assert module._options.implementation == expected
 
 
 def test_as_a_context_manager():

@@ -11,7 +11,9 @@ from ipa_haiku.attention.types import IPAInputs
 MONOMER = LogitScales(scalar=(1 / 48) ** 0.5, pair=(1 / 3) ** 0.5)
 
 
-FLOATING = IPAInputs._fields[:12]  # the last two are the segments
+BATCHED = IPAInputs._fields[:12]  # the last two are the segments
+MASKS = ("q_mask", "k_mask")
+FLOATING = [name for name in BATCHED if name not in MASKS]
 
 
 def assert_refused(inputs, message, error=AssertionError, **options):
@@ -32,13 +34,19 @@ def test_integers_are_refused(name, good):
     assert_refused(bad, f"{name} must be floating-point, got int32")
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", MASKS)
+def test_complex_masks_are_refused(name, good):
+    bad = good._replace(**{name: getattr(good, name).astype(np.complex64)})
+    assert_refused(bad, f"{name} must be floating-point, got complex64")
+
+
+@pytest.mark.parametrize("name", BATCHED)
 def test_what_is_no_array_is_refused(name, good):
     bad = good._replace(**{name: getattr(good, name).tolist()})
     assert_refused(bad, f"{name} must be an array, got list", TypeError)
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", BATCHED)
 def test_a_wrong_rank_is_refused(name, good):
     # A missing dimension; for all but the first argument, which sets the batch, also one more.
     array = getattr(good, name)
@@ -49,7 +57,7 @@ def test_a_wrong_rank_is_refused(name, good):
 
 AXES = [
     (name, axis)
-    for name, rank in zip(FLOATING, [3, 3, 3, 4, 4, 4, 3, 2, 1, 1, 1, 1])
+    for name, rank in zip(BATCHED, [3, 3, 3, 4, 4, 4, 3, 2, 1, 1, 1, 1])
     for axis in range(rank)
 ]
 # Sizes that an argument is the first to have: the next one that has it is named.
@@ -78,6 +86,20 @@ def test_a_wrong_size_is_refused(name, axis, good):
 def test_an_empty_argument_is_refused(name, axis, good):
     empty = good._replace(**{name: np.take(getattr(good, name), [], axis)})
     assert_refused(empty, f"{name} .*(must not be empty|must have shape)")
+
+
+def test_masks_of_any_real_dtype_are_the_same(sizes_of, make_core_inputs):
+    inputs = make_core_inputs(sizes_of("tiny"), 6, 7, mask="holed")
+
+    @jax.jit
+    def attend(inputs):
+        return invariant_point_attention(**inputs._asdict(), logit_scales=MONOMER)[:3]
+
+    expected = attend(inputs)
+    for dtype in (bool, np.int32, np.uint8):
+        masks = {name: getattr(inputs, name).astype(dtype) for name in MASKS}
+        actual = attend(inputs._replace(**masks))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_mismatched_batches_are_refused(sizes_of, make_core_inputs):

@@ -91,6 +91,8 @@ def test_model_reads_the_sizes_of_its_file():
     model = Model.from_name("af2_multimer")
     assert (model.variant, model.position_scale, model.single_channel) == ("multimer", 20.0, 384)
     assert model.ipa.num_head == 12
+    assert model.alphafold == "alphafold_multimer"
+    assert Model.from_name("af2_monomer").alphafold == "alphafold"
 
 
 @pytest.mark.parametrize(

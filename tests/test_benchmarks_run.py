@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import candidates, demo, machine, memory, peers, runner
+from benchmarks import candidates, demo, machine, memory, peers, runner, timing
 from benchmarks.__main__ import main
 from benchmarks.candidates import Candidate, JaxCandidate
 from benchmarks.cases import Bench
@@ -71,7 +71,10 @@ def _run(**fields):
     """Takes two samples, without repeating calls: as fast as it gets."""
     settings = {"model": "tiny", "repeats": 2, "min_sample_ms": 0.0}
     run = Runner(Bench(**(settings | fields)), MACHINE, Checkouts())
-    run.run(on_case=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "_MAX_COMPILE", 1)
+        patch.setattr(timing, "_PAUSE_SECONDS", 0.0)
+        run.run(on_case=lambda: None)
     return run.results
 
 
@@ -134,13 +137,15 @@ def test_what_is_off_as_much_as_alphafold_is_timed(peer_that):
     rows = _run(**fields | {"what": ("module",)}).rows
     assert [row.status for row in rows] == ["ok", "ok", "ok", "wrong"]
     assert rows[2].median_ms is not None
+    assert rows[1].speedup == 1.0
     assert rows[2].note == (
         "ill-conditioned: output off by 3.0e-02 of the largest element, AlphaFold 2 by 1.0e-02"
     )
     assert "allowed 4.0e-02" in rows[3].note
     # Of the core AF2 has no function: the reference's error counts.
-    statuses = [row.status for row in _run(**fields).rows]
-    assert statuses == ["ok", "wrong", "wrong", "wrong"]
+    rows = _run(**fields).rows
+    assert [row.status for row in rows] == ["ok", "wrong", "wrong", "wrong"]
+    assert rows[0].speedup == 1.0
 
 
 def test_nothing_excuses_what_is_not_a_number(peer_that):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import checks, roofline
+from benchmarks import checks, roofline, timing
 from benchmarks.candidates import Prepared
 from benchmarks.cases import Model
 from benchmarks.timing import Stopwatch, calls_per_sample, interleave, summarize
@@ -63,7 +63,8 @@ def test_calls_of_a_sample_are_waited_for_one_by_one_on_a_cpu(is_cpu, waits_per_
     assert (len(starts) - before[0], len(waits) - before[1]) == (101, waits_per_sample)
 
 
-def test_interleave_runs_every_task_once_a_round_in_changing_order():
+def test_interleave_runs_every_task_once_a_round_in_changing_order(monkeypatch):
+    monkeypatch.setattr(timing, "_PAUSE_SECONDS", 0.0)
     done, rounds = [], []
     tasks = [lambda i=i: done.append(i) for i in range(4)]
     interleave(tasks, 6, on_round=lambda: rounds.append(len(done)))

@@ -300,8 +300,7 @@ BAD_INPUTS = {
     ),
     "mask [N, N]": ("mask", lambda x: x * x.T, "mask must have shape"),
     "n of mask": ("mask", lambda x: x[1:], "mask must have shape"),
-    "integer mask": ("mask", lambda x: x.astype(int), "mask must be floating"),
-    "boolean mask": ("mask", lambda x: x > 0, "mask must be floating"),
+    "complex mask": ("mask", lambda x: x.astype(complex), "mask must be floating"),
     "n of affine": ("affine", lambda x: x[1:], "affine's rotation must have shape"),
     "rank of affine": ("affine", lambda x: x[None], "affine's rotation must have shape"),
 }

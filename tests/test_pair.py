@@ -1,4 +1,4 @@
-"""Pair representations that are not N x N arrays: equal to the array, in memory linear in N."""
+"""Pair representations that are not N x N arrays: equal to the array, in blocks of rows."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from ipa_haiku import (
     RelativePositionPair,
     invariant_point_attention,
 )
-from ipa_haiku.attention import streaming
 from ipa_haiku.attention.types import IPAInputs
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
@@ -27,12 +26,6 @@ MAX_DISTANCE = 3
 
 # Each case is drawn until there are as many residues: a few would have their errors by chance.
 NUM_RESIDUES = 200
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of keys in every test, the last one shorter than the rest."""
-    monkeypatch.setattr(streaming, "KEY_BLOCK", 5)
 
 
 def replace_pair(inputs, form, seed=0, dtype="float32"):
@@ -255,14 +248,27 @@ def test_to_dense(make_pair_inputs):
 # --- gradients and transformations ---------------------------------------------------------------
 
 
-def test_masks_have_zero_gradient(make_pair_inputs):
-    inputs = make_pair_inputs("rank_1", mask="holed")
+def test_masks_have_af2s_gradient(make_pair_inputs):
+    inputs = make_pair_inputs("rank_1")
+    rng = np.random.default_rng(0)
 
-    def loss(q_mask, k_mask):
-        return jnp.sum(attend(inputs._replace(q_mask=q_mask, k_mask=k_mask)).pair)
+    def gradients(implementation, inputs, masks):
+        def loss(q_mask, k_mask):
+            arrays = inputs._replace(q_mask=q_mask, k_mask=k_mask)
+            return jnp.sum(jnp.square(attend(arrays, implementation=implementation).pair))
 
-    for gradient in jax.jit(jax.grad(loss, (0, 1)))(inputs.q_mask, inputs.k_mask):
-        np.testing.assert_array_equal(gradient, 0)
+        return jax.grad(loss, (0, 1))(*masks)
+
+    # float32 keeps masks near 1 to 6e-8, and with them logits to 6e-3.
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
+        # The penalty is 1e5 times what is missing to 1: up to 2.
+        masks = [1 - 1e-5 * rng.random(len(x)) for x in (inputs.q_mask, inputs.k_mask)]
+        run = jax.jit(lambda *x: [gradients(name, *x) for name in ("xla", "reference")])
+        actual, expected = jax.device_get(run(inputs, masks))
+    for x, y in zip(actual, expected):
+        assert np.any(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.max(np.abs(y)))
 
 
 @pytest.mark.parametrize("form", ["rank_2", pytest.param("relative", marks=pytest.mark.slow)])

@@ -24,29 +24,19 @@ from ipa_haiku import (
     folding_multimer,
     select_implementation,
 )
-from ipa_haiku.attention import streaming
 
 FORMS = ("rank_1", "rank_2", "rank_4", "relative", "none")
 MODULES = {"monomer": InvariantPointAttention, "multimer": folding_multimer.InvariantPointAttention}
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Several blocks of keys, the last one shorter than the rest."""
-    monkeypatch.setattr(streaming, "KEY_BLOCK", 5)
-
-
-def make_model(variant, config, implementation=None):
+def make_model(variant, config, **options):
     def call(inputs_1d, inputs_2d, mask, affine):
-        module = MODULES[variant](
-            config, types.SimpleNamespace(zero_init=False), implementation=implementation
-        )
+        module = MODULES[variant](config, types.SimpleNamespace(zero_init=False), **options)
         return module(inputs_1d, inputs_2d, mask, QuatAffine.from_tensor(affine))
 
     return hk.without_apply_rng(hk.transform(call))
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("variant", "form"),
     [("monomer", "rank_2"), pytest.param("multimer", "relative", marks=pytest.mark.slow)],
@@ -63,8 +53,8 @@ def test_modules_take_it_for_the_array(form, variant, sizes_of, make_inputs, mak
         to_pair = functools.partial(
             RelativePositionPair, q_index=jnp.arange(13), k_index=jnp.arange(13)
         )
-    fast = make_model(variant, sizes.config)
-    reference = make_model(variant, sizes.config, "reference")
+    fast = make_model(variant, sizes.config, query_block=5)  # the last block is shorter
+    reference = make_model(variant, sizes.config, implementation="reference")
     params = make_params(reference, inputs_1d, inputs_2d, mask, affine)
     assert (
         params.keys()
@@ -90,7 +80,6 @@ def test_modules_take_it_for_the_array(form, variant, sizes_of, make_inputs, mak
         np.testing.assert_allclose(x, y, atol=1e-5 * np.max(np.abs(y)))
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("variant", MODULES)
 def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
     sizes = sizes_of("odd")
@@ -123,20 +112,19 @@ def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
 
 
 def test_selection():
-    chosen = select_implementation((12, 8192, 8192), pair_channel=None)
+    def select(n, **options):
+        return select_implementation((12, n, n), pair_channel=None, **options)
+
+    chosen = select(8192)
     assert chosen.implementation == "xla"
-    assert chosen.query_block == streaming.QUERY_BLOCK
-    assert "blocks of queries and keys" in chosen.reason
-    assert select_implementation((12, 9, 9), pair_channel=None).query_block == 9
-    assert select_implementation((12, 9, 9), pair_channel=None, query_block=4).query_block == 4
-    few = select_implementation((12, 8192, 8192), pair_channel=None, memory_budget=2**10)
-    assert few.query_block == 1
-    assert (
-        select_implementation(
-            (12, 9, 9), pair_channel=None, implementation="reference"
-        ).implementation
-        == "reference"
-    )
+    # Blocks are as large as is fast, whatever there is room for.
+    assert 16 <= chosen.query_block <= 64
+    assert chosen.query_block == select(8192, memory_budget=2**40).query_block
+    assert chosen.reason.endswith("; in blocks, as inputs_2d is no array")
+    assert select(9).query_block is None
+    assert select(9, query_block=4).query_block == 4
+    assert select(8192, memory_budget=2**10).query_block == 1
+    assert select(9, implementation="reference").implementation == "reference"
 
 
 def test_modules_check_the_parts(sizes_of, make_inputs):

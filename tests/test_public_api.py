@@ -44,19 +44,83 @@ def test_every_public_name_is_documented_and_typed(name):
         assert all(p.annotation is not p.empty for p in parameters)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*sorted((ROOT / "ipa_haiku/attention").glob("*.py")), ROOT / "ipa_haiku/pair.py"],
-    ids=lambda p: p.name,
-)
-def test_the_core_knows_neither_haiku_nor_frames(path):
+# --- the house ------------------------------------------------------------------------------------
+
+PACKAGE = ROOT / "ipa_haiku"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+CORE = [name for name in MODULES if f"{name}.".startswith("ipa_haiku.attention.")]
+
+
+def imports(name, *, at_import_time=False):
+    """Dotted names of what a module imports: modules, and objects in them.
+
+    Args:
+      name: of the module.
+      at_import_time: leave out what functions import, and what is imported for types only.
+    """
     imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+
+    def visit(node):
         if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
+            imported.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {name for name in imported if name.startswith("ipa_haiku")}
-    allowed = ("ipa_haiku.attention", "ipa_haiku.pair", "ipa_haiku.config.positive_integer")
-    assert all(name.startswith(allowed) for name in ours)
-    assert not any(name.split(".")[0] in ("haiku", "flax", "alphafold") for name in imported)
+            assert not node.level, "absolute imports only"
+            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+        is_later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        )
+        if not (at_import_time and is_later):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(MODULES[name].read_text()))
+    return imported
+
+
+def is_in(name, *packages):
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def test_the_core_is_there():
+    assert {"ipa_haiku.attention.api", "ipa_haiku.attention.xla.forward"} <= set(CORE)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_knows_neither_haiku_nor_frames(name):
+    imported = imports(name)
+    ours = {x for x in imported if is_in(x, "ipa_haiku")}
+    assert all(is_in(x, "ipa_haiku.attention", "ipa_haiku.checks") for x in ours)
+    assert not any(is_in(x, "haiku", "flax", "alphafold") for x in imported)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_kernels_know_pallas(name):
+    if not is_in(name, "ipa_haiku.attention.pallas_triton"):
+        assert not any(is_in(x, "jax.experimental.pallas") for x in imports(name))
+
+
+def test_no_cycle_of_imports():
+    def module_of(name):
+        """The module that a dotted name is, or is in."""
+        while name not in MODULES:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        name: {module_of(x) for x in imports(name, at_import_time=True) if is_in(x, "ipa_haiku")}
+        for name in MODULES
+    }
+    assert graph["ipa_haiku.attention.api"]
+    # Whatever needs nothing that is left goes, until there is nothing left.
+    while graph:
+        free = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert free, f"a cycle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_are_short(name):
+    assert len(MODULES[name].read_text().splitlines()) <= 350

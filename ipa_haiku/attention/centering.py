@@ -12,11 +12,6 @@ import jax.numpy as jnp
 
 from ipa_haiku.attention.types import IPAInputs, IPAOutput
 
-# Centres are multiples of this, in the unit of the points. So float32 subtracts one exactly from
-# coordinates of up to 8,000 units, however many digits the coordinate has: nobody is moved.
-_GRID = 2.0**-10
-
-
 def center(
     points: jax.Array,
     mask: jax.Array,
@@ -62,11 +57,10 @@ def _medians(
     first, end = (
         jnp.searchsorted(segments, of_segment_ids, side=side) for side in ("left", "right")
     )
-    real_before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(~is_masked[0])])
+    real_before = jnp.pad(jnp.cumsum(~is_masked[0], dtype=jnp.int32), (1, 0))
     count = real_before[end] - real_before[first]
     middle = jnp.minimum(first + jnp.maximum(count - 1, 0) // 2, points.shape[0] - 1)
-    median = jnp.where(count > 0, sorted_points[:, middle], 0.0).T
-    return jnp.round(median / _GRID) * _GRID
+    return jnp.where(count > 0, sorted_points[:, middle], 0.0).T
 
 
 def centers_of(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:

@@ -99,6 +99,6 @@ def side_gradients(
     """
     at = [side.scalar.shape[-1], sums.shape[-1] - 2, sums.shape[-1] - 1]
     scalar, point, one, mask = jnp.split(sums, at, axis=-1)
-    dpoint = point_weights[:, None] * (point - side.point * one)
+    dpoint = point_weights[None, :, None] * (point - side.point * one)
     dmask = MASK_PENALTY * jnp.sum(mask[..., 0], axis=-1)
     return Side(scales.scalar * scalar, dpoint, dmask, segment=None)

@@ -89,7 +89,7 @@ def _point_logits(x: IPAInputs) -> jax.Array:
         )
         for d in range(3)
     ]  # 3 x [..., H, Nq, Nk, P]
-    weights = x.point_weights[:, None, None, None]
+    weights = jnp.expand_dims(x.point_weights, (*range(squares[0].ndim - 4), -3, -2, -1))
     return -0.5 * jnp.sum(weights * (squares[0] + squares[1] + squares[2]), axis=-1)
 
 
@@ -99,7 +99,8 @@ def _pair_logits(
     if x.inputs_2d is None:
         return None
     bias = jnp.einsum("...c,ch->...h", x.inputs_2d, x.pair_weights, precision=precision)
-    return scales.pair * jnp.moveaxis(bias + x.pair_bias, -1, -3)
+    pair_bias = jnp.expand_dims(x.pair_bias, range(bias.ndim - 1))
+    return scales.pair * jnp.moveaxis(bias + pair_bias, -1, -3)
 
 
 def _component(points: jax.Array, d: int) -> jax.Array:

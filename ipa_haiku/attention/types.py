@@ -68,7 +68,7 @@ class IPAInputs(NamedTuple):
     @property
     def logits_dtype(self) -> jnp.dtype:
         """float32, or float64 if any argument is: of points, logits and softmax statistics."""
-        return jnp.result_type(jnp.float32, *jax.tree.leaves(self))
+        return wide_dtype(*jax.tree.leaves(self))
 
 
 class AttentionTerms(NamedTuple):
@@ -197,6 +197,11 @@ def _check_arrays(
         if name.endswith(".table") and x.shape[0] % 2 == 0:
             raise AssertionError(f"{name} must have an odd number of rows, got shape {x.shape}.")
         sizes |= dict(zip(axes, x.shape[x.ndim - len(axes) :]))
+
+
+def wide_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """float64 if any array is, else float32."""
+    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
 
 
 def widen(inputs: IPAInputs) -> IPAInputs:

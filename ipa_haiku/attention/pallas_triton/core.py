@@ -29,13 +29,13 @@ def attend(inputs: IPAInputs, scales: LogitScales, options: Options) -> IPAOutpu
 
     z, num_query = inputs.inputs_2d, inputs.num_query
     config = options.kernel_config or heuristic(inputs.num_head, z.shape[-1], z.dtype)
-    static = Static(scales, config, _equal_blocks(num_query, options.query_block or num_query))
+    static = Static(scales, config, rows_of_block(num_query, options.query_block or num_query))
     return for_each_protein(
         lambda x: output_of(*attention_sums(static, arrays_of(x)), x), inputs, "pallas"
     )
 
 
-def _equal_blocks(num_row: int, most: int) -> int:
+def rows_of_block(num_row: int, most: int) -> int:
     """Rows of a block where no more than `most` are wanted: of as many blocks, the shortest."""
     num_block = -(-num_row // most)
     return -(-num_row // num_block)

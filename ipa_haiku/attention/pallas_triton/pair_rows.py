@@ -22,6 +22,7 @@ from ipa_haiku.attention.pallas_triton.common import (
     call,
     dot,
     float32,
+    is_inside,
     pad,
     padded_size,
     round_up,
@@ -73,8 +74,8 @@ def _layout(x: Arrays, block: int) -> tuple[_Sizes, _Specs, jax.Array]:
 
     They are bfloat16 if both they and `inputs_2d` are, else float32.
     """
-    dtype = jnp.result_type(x.inputs_2d, x.pair_weights)
-    weights = x.pair_weights.astype(dtype if dtype == jnp.bfloat16 else jnp.float32).T
+    is_bfloat16 = x.inputs_2d.dtype == x.pair_weights.dtype == jnp.bfloat16
+    weights = x.pair_weights.astype(jnp.bfloat16 if is_bfloat16 else jnp.float32).T
     sizes = _Sizes(weights.shape[0], x.inputs_2d.shape[1], weights.shape[1], block)
     heads, channels = (padded_size(size) for size in weights.shape)
     num_key = round_up(sizes.num_key, block)
@@ -104,7 +105,8 @@ def _load_pair(z: Any, row: jax.Array, b: jax.Array, sizes: _Sizes) -> jax.Array
 
 def _row_index(start: Any, z: Any) -> jax.Array:
     """Row of `inputs_2d` of this program; rows filled in at the end work on the last one."""
-    return jnp.minimum(start[0] + pl.program_id(0), z.shape[0] - 1)
+    row = jnp.minimum(start[0] + pl.program_id(0), z.shape[0] - 1)
+    return row.astype(int)  # as the other indices are, which the interpreter wants
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def _forward_kernel(
         scores = plgpu.load(logits.at[:, columns], mask=mask, other=0.0)
         scores = scores + scales.total * scales.pair * bias
         plgpu.store(logits_out.at[:, columns], scores, mask=mask)
-        inside = b * sizes.block + jnp.arange(sizes.block) < sizes.num_key
+        inside = is_inside(b, sizes.block, sizes.num_key)
         scores = jnp.where(inside[None, :], scores, -jnp.inf)
         higher = jnp.maximum(maximum, jnp.max(scores, axis=1))
         shrink = jnp.exp(maximum - higher)
@@ -174,8 +176,8 @@ def _forward_kernel(
     )
     total, maximum, weight = jax.lax.fori_loop(0, sizes.num_block, add_block, state)
     scale = 1.0 / weight
-    is_head = jnp.arange(heads) < sizes.num_head
-    is_channel = jnp.arange(channels) < sizes.num_channel
+    is_head = is_inside(0, heads, sizes.num_head)
+    is_channel = is_inside(0, channels, sizes.num_channel)
     of_channels = is_head[:, None] & is_channel[None, :]
     plgpu.store(pair_out.at[:, :], total * scale[:, None], mask=of_channels)
     plgpu.store(softmax_out.maximum.at[:], maximum, mask=is_head)
@@ -256,8 +258,8 @@ def _backward_kernel(
     heads, channels = pair_weights.shape
     row = _row_index(start, z)
     is_row = start[0] + pl.program_id(0) < z.shape[0]
-    is_head = jnp.arange(heads) < sizes.num_head
-    is_channel = jnp.arange(channels) < sizes.num_channel
+    is_head = is_inside(0, heads, sizes.num_head)
+    is_channel = is_inside(0, channels, sizes.num_channel)
     of_channels = is_head[:, None] & is_channel[None, :]
 
     def per_head(ref: Any) -> jax.Array:
@@ -268,8 +270,8 @@ def _backward_kernel(
     pair = plgpu.load(pair.at[:, :], mask=of_channels, other=0.0)
     # The same products as those it is subtracted from.
     by_head = dot(config, dpair, pair, trans_b=True)
-    is_own = jnp.arange(heads)[:, None] == jnp.arange(heads)[None, :]
-    delta_pair = jnp.sum(jnp.where(is_own, by_head, 0.0), axis=1)
+    head = jnp.arange(heads)
+    delta_pair = jnp.sum(jnp.where(head[:, None] == head[None, :], by_head, 0.0), axis=1)
     delta = per_head(delta)
 
     def add_block(b: jax.Array, dpair_weights: jax.Array) -> jax.Array:
@@ -283,7 +285,7 @@ def _backward_kernel(
         plgpu.store(dlogits_out.at[:, columns], dlogits, mask=mask)
         dz = dot(config, weights, dpair, trans_a=True)
         dz = dz + dot(config, scales.pair * dlogits, pair_weights[:, :], trans_a=True)
-        inside = is_row & (b * sizes.block + jnp.arange(sizes.block) < sizes.num_key)
+        inside = is_row & is_inside(b, sizes.block, sizes.num_key)
         plgpu.store(
             dz_out.at[row, columns, :],
             dz.astype(z_block.dtype),

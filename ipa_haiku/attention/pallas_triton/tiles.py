@@ -17,6 +17,7 @@ from ipa_haiku.attention.pallas_triton.common import (
     Static,
     call,
     float32,
+    is_inside,
     pad,
     padded_size,
     round_up,
@@ -159,11 +160,11 @@ def own_rows(weights: Any, tile: int) -> pl.BlockSpec:
 def load_channels(x: Any, tokens: Any, depth: int) -> jax.Array:
     """Tokens of an array of `heads_first` [tokens, D padded to what a block holds]."""
     # With the zeros that it is padded with: Triton then moves 16 bytes at a time, not 4.
-    mask = (jnp.arange(x.shape[-1]) < _padded_depth(depth))[None, :]
+    mask = is_inside(0, x.shape[-1], _padded_depth(depth))[None, :]
     return plgpu.load(x.at[tokens, :], mask=mask, other=0.0)
 
 
 def store_channels(out: Any, x: jax.Array, depth: int) -> None:
     """Stores what `load_channels` loads."""
-    mask = (jnp.arange(out.shape[-1]) < _padded_depth(depth))[None, :]
+    mask = is_inside(0, out.shape[-1], _padded_depth(depth))[None, :]
     plgpu.store(out.at[:, :], x, mask=mask)

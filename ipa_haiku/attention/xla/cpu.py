@@ -51,7 +51,7 @@ def unfused(x: jax.Array) -> jax.Array:
     precision that `x` has, changes nothing. Effect: the attention core 93 to 49 ms at N = 512.
     """
     info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return either(lambda: jax.lax.reduce_precision(x, info.nexp, info.nmant), lambda: x)
 
 
 def sum_over_keys(weights: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:

@@ -86,7 +86,7 @@ def softmax_of(static: Static, q: Queries, k: Keys, weights: Weights) -> Softmax
     if has_pair(q, k):
         terms = terms + pair_logits(static, q, k, weights)
     # The penalty last: beside it, sums keep two digits.
-    logits = logits + cpu.unfused(terms) - mask_penalty(q.side.mask, k.side.mask)
+    logits = logits + cpu.unfused(terms) - mask_penalty(q.side.mask, k.side.mask)[None]
     logits = scales.total * logits
     logits = only_own_segment(logits, q.side.segment, k.side.segment)
     exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))

@@ -44,7 +44,7 @@ def of(
     weights = pair_scale * pair_weights.T  # [H, C_z]
     if isinstance(inputs_2d, FactorizedPair):
         left, right = (x.astype(weights.dtype) for x in (inputs_2d.left, inputs_2d.right))
-        of_queries = left[:, None] * weights[:, None, :]  # [Nq, H, R, C_z]
+        of_queries = left[:, None] * weights[None, :, None, :]  # [Nq, H, R, C_z]
         of_queries = of_queries.reshape(*of_queries.shape[:2], -1)
         return PairTerm(keys=right.reshape(len(right), -1), query_weights=of_queries)
     if isinstance(inputs_2d, RelativePositionPair):

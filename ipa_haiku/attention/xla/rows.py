@@ -60,7 +60,7 @@ def sum_by_rows(compute: Callable[[Any], tuple[Any, Any]], rows: Any, block: int
         # The last block reaches back over rows of the one before it. It comes first, so that what
         # it wrote there is written over.
         start = _start(i, block, num_row)
-        is_counted = start + jnp.arange(block) >= i * block
+        is_counted = start + jnp.arange(block, dtype=start.dtype) >= i * block
         return start, compute(jax.tree.map(lambda x: take(x, start, block), rows), is_counted)
 
     def step(j: jax.Array, totals: tuple[Any, Any]) -> tuple[Any, Any]:
