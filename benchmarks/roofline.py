@@ -26,9 +26,9 @@ def least_seconds(
     """
     times = _TIMES[mode] * (model.num_layer if what == "structure_module" else 1)
     operations = forward_operations(model, n, with_projections=what != "core")
-    return times * max(
-        pair_bytes(model, n, dtype) / (1e9 * machine["bandwidth_gb_s"]),
-        operations / (1e9 * machine["matmul_gflop_s"]),
+    return max(
+        times * pair_bytes(model, n, dtype) / (1e9 * machine["bandwidth_gb_s"]),
+        times * operations / (1e9 * machine["matmul_gflop_s"]),
     )
 
 

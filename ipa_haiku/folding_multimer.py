@@ -112,7 +112,9 @@ class InvariantPointAttention(BaseInvariantPointAttention):
     def _scalars(self, inputs_1d: jax.Array, name: str, num_channel: int) -> jax.Array:
         """Scalars [..., N, H, num_channel] (line 1)."""
         shape = (self.config.num_head, num_channel)
-        return Linear(shape, use_bias=False, precision=self._options.precision, name=name)(inputs_1d)
+        return Linear(shape, use_bias=False, precision=self._options.precision, name=name)(
+            inputs_1d
+        )
 
     @hk.transparent
     def _local_points(self, inputs_1d: jax.Array, name: str, num_point: int) -> list[jax.Array]:

@@ -10,11 +10,13 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ipa_haiku import openfold_layout
 from ipa_haiku.config import IPAConfig
+from ipa_haiku.openfold_layout import Layout
 from ipa_haiku.parameter_shapes import (
     ANY_SIZES,
     POINT_WEIGHTS,
@@ -28,7 +30,6 @@ from ipa_haiku.parameter_shapes import (
 
 Params = dict[str, dict[str, Any]]
 ParamsLike = Mapping[str, Mapping[str, Any]]
-Layout = Literal["openfold", "esmfold"]
 
 
 # --- files and scopes ----------------------------------------------------------------------------
@@ -271,9 +272,13 @@ def from_openfold(
       TypeError: naming a tensor that NumPy cannot hold, such as one of torch's bfloat16.
       ValueError: naming what has a wrong shape or dtype.
     """
-    start = _find_openfold(tensors) if prefix is None else _start(prefix)
-    theirs = {key: _to_numpy(key, x) for key, x in tensors.items() if key.startswith(start)}
-    candidates = {kind: _openfold_keys(*kind, start) for kind in _OPENFOLD_KINDS}
+    start = (
+        openfold_layout.find_prefix(tensors) if prefix is None else openfold_layout.start_of(prefix)
+    )
+    theirs = {
+        key: openfold_layout.to_numpy(key, x) for key, x in tensors.items() if key.startswith(start)
+    }
+    candidates = {kind: openfold_layout.keys_of(*kind, start) for kind in openfold_layout.KINDS}
     variant, layout = max(
         candidates, key=lambda kind: len(theirs.keys() & candidates[kind].values())
     )
@@ -281,7 +286,7 @@ def from_openfold(
     check_keys(theirs.keys(), set(names.values()))
     num_head = max(theirs[names[POINT_WEIGHTS]].size, 1)  # none at all is refused below
     module = {
-        key: _from_linear(theirs[names[key]], names[key], shape, num_head)
+        key: openfold_layout.from_linear(theirs[names[key]], names[key], shape, num_head)
         for key, shape in shapes_of(variant, ANY_SIZES).items()
     }
     check_module(module, lambda key: f"{names[key]}, transposed,")
@@ -289,7 +294,11 @@ def from_openfold(
 
 
 def to_openfold(
-    params: ParamsLike, scope: str | None = None, *, prefix: str = "", layout: Layout = "openfold"
+    params: ParamsLike,
+    scope: str | None = None,
+    *,
+    prefix: str = "",
+    layout: Layout = "openfold",
 ) -> dict[str, np.ndarray]:
     """Converts parameters of `InvariantPointAttention` to OpenFold's or ESMFold's tensors.
 
@@ -307,7 +316,7 @@ def to_openfold(
       ValueError: likewise, or if the layout has no module of this variant or these sizes.
     """
     module = _module(params, scope)
-    if (module.variant, layout) not in _OPENFOLD_KINDS:
+    if (module.variant, layout) not in openfold_layout.KINDS:
         raise ValueError(f"there is no {module.variant} in the layout {layout!r}.")
     c, c_s = module.sizes.config, module.sizes.num_single
     if (c.num_scalar_v, c.num_channel) != (c.num_scalar_qk, c_s):
@@ -315,79 +324,7 @@ def to_openfold(
             "OpenFold's values have as many scalar channels as its queries, and its outputs as "
             f"inputs_1d, got {c} and {c_s} channels of inputs_1d."
         )
-    names = _openfold_keys(module.variant, layout, _start(prefix))
-    return {theirs: _to_linear(module.arrays[key], key) for key, theirs in names.items()}
-
-
-# OpenFold's names of our projections.
-_OPENFOLD_LINEAR: dict[str, str] = {
-    "/q_scalar": "linear_q",
-    "/kv_scalar": "linear_kv",
-    "/q_point_local": "linear_q_points",
-    "/kv_point_local": "linear_kv_points",
-    "/q_scalar_projection": "linear_q",
-    "/k_scalar_projection": "linear_k",
-    "/v_scalar_projection": "linear_v",
-    "/q_point_projection/point_projection": "linear_q_points",
-    "/k_point_projection/point_projection": "linear_k_points",
-    "/v_point_projection/point_projection": "linear_v_points",
-    "/attention_2d": "linear_b",
-    "/output_projection": "linear_out",
-}
-_OPENFOLD_KINDS: tuple[tuple[Variant, Layout], ...] = (
-    ("monomer", "openfold"),
-    ("monomer", "esmfold"),
-    ("multimer", "openfold"),
-)
-
-
-def _find_openfold(tensors: Mapping[str, Any]) -> str:
-    keys = [key for key in tensors if key.rpartition(".")[2] == "head_weights"]
-    if len(keys) != 1:
-        raise KeyError(f"one key head_weights expected, found {keys}")
-    return keys[0].removesuffix("head_weights")
-
-
-def _start(prefix: str) -> str:
-    return f"{prefix.removesuffix('.')}." if prefix else ""
-
-
-def _openfold_keys(variant: Variant, layout: Layout, start: str) -> dict[str, str]:
-    """Our keys of all parameters and OpenFold's."""
-    names = {}
-    for key in shapes_of(variant, ANY_SIZES):
-        child, _, name = key.partition("//")
-        linear = _OPENFOLD_LINEAR.get(child, "")
-        if layout == "openfold" and linear.endswith("_points"):
-            linear += ".linear"
-        name = {"weights": "weight"}.get(name, name)
-        names[key] = start + (f"{linear}.{name}" if child else "head_weights")
-    return names
-
-
-def _to_numpy(key: str, tensor: Any) -> np.ndarray:
-    try:
-        if hasattr(tensor, "detach"):  # torch's, on any device
-            tensor = tensor.detach().cpu().numpy()
-        return np.asarray(tensor)
-    except TypeError as error:
-        raise TypeError(f"{key}: {error}") from error
-
-
-def _from_linear(x: np.ndarray, name: str, shape: tuple[int, ...], num_head: int) -> np.ndarray:
-    """Our layout of [outputs, inputs] or [outputs]: transposed, outputs by head if `shape` is."""
-    rank = 2 if name.endswith(".weight") else 1
-    if x.ndim != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, got shape {x.shape}.")
-    *inputs, outputs = x.T.shape
-    if len(shape) == rank:
-        return np.array(x.T, order="C")
-    if outputs % num_head:
-        raise ValueError(f"{name} must have outputs for {num_head} heads, got shape {x.shape}.")
-    return np.array(x.T.reshape(*inputs, num_head, -1), order="C")
-
-
-def _to_linear(x: np.ndarray, key: str) -> np.ndarray:
-    """The inverse of `_from_linear`."""
-    inputs = x.shape[: key.endswith("//weights")]
-    return np.array(x.reshape(*inputs, -1).T, order="C")
+    names = openfold_layout.keys_of(module.variant, layout, openfold_layout.start_of(prefix))
+    return {
+        theirs: openfold_layout.to_linear(module.arrays[key], key) for key, theirs in names.items()
+    }

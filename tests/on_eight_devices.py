@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import QUICKLY
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,19 +35,19 @@ def make_mesh(shape=(8,), names=("rows",), axis_type=AxisType.Explicit):
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, tolerance=TOLERANCE):
     for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
         x, y = np.asarray(x), np.asarray(y)
         # The pair bias has no gradient but the rounding of sums of terms of size 1.
         error = np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1.0)
-        assert error <= TOLERANCE, f"{jax.tree_util.keystr(path)} is off by {error:.1e}"
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)} is off by {error:.1e}"
 
 
 @functools.cache
 def core(**options):
     """From `IPAInputs` to the outputs, and the gradients of <outputs, cos(outputs)>."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(inputs):
         def fn(arrays):
             result = invariant_point_attention(
@@ -121,7 +122,8 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
     factors = (jnp.asarray(rng.normal(size=(n, 2, channels)), jnp.float32) for n in (20, 18))
     inputs = inputs._replace(inputs_2d=FactorizedPair(*factors))
     sharding = RowSharding(make_mesh(), "rows")
-    assert_close(core(sharding=sharding)(inputs), core()(inputs))
+    # The gradient of a factor is a sum over channels of two such sums.
+    assert_close(core(sharding=sharding)(inputs), core()(inputs), tolerance=2 * TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def module_gradients(variant, sizes, **options):
         )  # fmt: skip
         return output, pull_back(jnp.cos(output))
 
-    return module, jax.jit(run)
+    return module, jax.jit(run, compiler_options=QUICKLY)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ import numpy as np
 import packing
 import pytest
 
-from ipa_haiku import LogitScales, invariant_point_attention
+from ipa_haiku import KernelConfig, LogitScales, invariant_point_attention
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
 from ipa_haiku.attention.types import IPAInputs, IPAOutput
-from ipa_haiku import KernelConfig
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)

@@ -217,7 +217,15 @@ def _print_table():
             for group, array, ours, af2, floor in errors(*case.values)
         )
         array = array.replace("invariant_point_attention", "")
-        row = (variant, name, geometry, str(num_residue or "all"), f"{ratio:.2f}", f"{group}{array}", f"{ours:.1e}")
+        row = (
+            variant,
+            name,
+            geometry,
+            str(num_residue or "all"),
+            f"{ratio:.2f}",
+            f"{group}{array}",
+            f"{ours:.1e}",
+        )
         print("|", " | ".join((*row, f"{af2:.1e}")), "|", flush=True)
 
 

@@ -44,7 +44,9 @@ CASES = [
 
 
 def make_pair(kind, rng, dtype):
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     return {
         "array": lambda: normal(N, N, 6),
         "factors": lambda: FactorizedPair(normal(N, 2, 6), normal(N, 2, 6)),
@@ -56,7 +58,10 @@ def make_pair(kind, rng, dtype):
 def make(what, option, pair, dtype="float32"):
     """A function of differentiable arrays, and these; float32 geometry, all else of `dtype`."""
     rng = np.random.default_rng(0)
-    normal = lambda dtype, *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def normal(dtype, *shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     segment_ids = jnp.arange(N) // 4
     mask = jnp.ones(N)
     if what == "core":
@@ -103,7 +108,10 @@ def make(what, option, pair, dtype="float32"):
 
 def vjp(call, arrays):
     """Outputs and gradients of all floating-point arrays, for cotangents of ones."""
-    is_whole = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+
+    def is_whole(x):
+        return jnp.issubdtype(x.dtype, jnp.integer)
+
     leaves, tree = jax.tree.flatten(arrays)
     moving = [x for x in leaves if not is_whole(x)]
 

@@ -17,14 +17,14 @@ import pytest
 from alphafold.model import config as af2_config
 from alphafold.model import folding as af2
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
-from implementations import ANYWHERE, BIT_IDENTICAL
+from implementations import BIT_IDENTICAL, QUICKLY, REFERENCE_IF_SLOW
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine, rigid
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
 
 GOLDEN = Path(__file__).parent / "data" / "parameters_monomer.json"
 MASKS = ["full", "padded", "holed", "zero"]
-NUM_RESIDUES = [1, 17, 147, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 64))]
+NUM_RESIDUES = [1, 147, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 17, 64))]
 
 
 def largest(tree):
@@ -48,12 +48,12 @@ def af2_module(sizes, zero_init=False):
     return hk.without_apply_rng(hk.transform(call))
 
 
-@pytest.mark.parametrize("size", ["af2", "tiny", "odd"])
+@pytest.mark.parametrize("size", ["af2", "odd", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_initial_parameters_have_af2s_bits(size, sizes_of, make_inputs, make_module, count_bits):
     sizes = sizes_of(size)
     inputs = make_inputs(sizes, 2)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)  # the two are one program
     def init(key):
         return [
             [
@@ -76,7 +76,7 @@ def outputs_and_gradients(sizes_of, make_inputs, make_module, make_params):
     sizes = sizes_of("af2")
 
     def compiled(module):
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=QUICKLY)
         def gradients(params, inputs, cotangent):
             def loss(params, inputs_1d, inputs_2d, affine):
                 output = module.apply(params, inputs_1d, inputs_2d, inputs.mask, affine)
@@ -165,7 +165,7 @@ def test_any_frames_and_af2s_config_serve(sizes_of, make_inputs, make_module, ma
             module = InvariantPointAttention(config, types.SimpleNamespace(zero_init=False))
             return module(inputs.inputs_1d, inputs.inputs_2d, inputs.mask, frames)
 
-        return jax.jit(hk.transform(call).apply)(params, None)
+        return jax.jit(hk.transform(call).apply, compiler_options=QUICKLY)(params, None)
 
     af2_sizes = af2_config.model_config("model_1").model.heads.structure_module
     expected = run(sizes.config, ours)
@@ -183,12 +183,17 @@ def test_output_starts_as_zero_by_default():
         )
 
     transformed = hk.transform(call)
-    output = jax.jit(lambda key: transformed.apply(transformed.init(key), None))(jax.random.key(0))
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def run(key):
+        return transformed.apply(transformed.init(key), None)
+
+    output = run(jax.random.key(0))
     np.testing.assert_array_equal(output, np.zeros((3, 5)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_output_has_the_dtype_of_the_activations(
     dtype, implementation, sizes_of, make_inputs, make_module, make_params
 ):
@@ -196,7 +201,7 @@ def test_output_has_the_dtype_of_the_activations(
     inputs = make_inputs(sizes, 9)
     module = make_module(sizes, implementation=implementation)
     params = make_params(module, *inputs)
-    apply = jax.jit(module.apply)
+    apply = jax.jit(module.apply, compiler_options=QUICKLY)
     expected = apply(params, *inputs)
     half = inputs._replace(
         inputs_1d=inputs.inputs_1d.astype(dtype), inputs_2d=inputs.inputs_2d.astype(dtype)
@@ -224,7 +229,7 @@ def test_half_precision_activations_with_float32_parameters_are_af2s(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_half_precision_frames_count_as_what_they_are(
     dtype, implementation, sizes_of, make_inputs, make_params
 ):
@@ -243,20 +248,22 @@ def test_half_precision_frames_count_as_what_they_are(
     module = hk.without_apply_rng(hk.transform(call))
     params = make_params(module, *inputs[:3], half)
     actual, expected = (
-        jax.jit(module.apply)(params, *inputs[:3], tuple(x.astype(d) for x in half))
+        jax.jit(module.apply, compiler_options=QUICKLY)(
+            params, *inputs[:3], tuple(x.astype(d) for x in half)
+        )
         for d in (dtype, "float32")
     )
     assert actual.dtype == jnp.float32
     assert difference(actual, expected) <= 40 * np.finfo(np.float32).eps * largest(expected)
 
 
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_batch_equals_loop(implementation, sizes_of, make_inputs, make_module, make_params):
     sizes = sizes_of("odd")
     inputs = make_inputs(sizes, 5, batch=(2, 3))
     module = make_module(sizes, implementation=implementation)
     params = make_params(module, *inputs)
-    apply = jax.jit(module.apply)
+    apply = jax.jit(module.apply, compiler_options=QUICKLY)
     batched = apply(params, *inputs)
     assert batched.shape == (2, 3, 5, sizes.config.num_channel)
     for i in np.ndindex(2, 3):

@@ -18,7 +18,7 @@ import pytest
 from alphafold.model import folding_multimer as af2
 from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
-from implementations import REFERENCE_IF_SLOW
+from implementations import QUICKLY, REFERENCE_IF_SLOW
 
 from ipa_haiku import IPAConfig, QuatAffine
 from ipa_haiku.folding_multimer import InvariantPointAttention
@@ -92,7 +92,8 @@ def test_initial_parameters_have_af2s_bits(size, sizes_of, make_arguments, count
     sizes, modules = sizes_of(size), (our_module, af2_module)
     arguments = make_arguments(sizes, 3)
 
-    @jax.jit  # all four at once: XLA compiles a draw that they share only once
+    # All four at once: XLA compiles a draw that they share only once.
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def initial(key):
         return {
             zero_init: [
@@ -115,8 +116,12 @@ def test_no_global_config_means_zero_init(sizes_of, make_arguments):
         module = InvariantPointAttention(sizes.config)
         return module(inputs_1d, inputs_2d, mask, (rotation, translation))
 
-    params = jax.jit(call.init)(jax.random.key(0), *make_arguments(sizes, 2))
-    assert not np.any(params[f"{SCOPE}/output_projection"]["weights"])
+    @jax.jit
+    def weights(*arguments):
+        params = call.init(jax.random.key(0), *arguments)
+        return params[f"{SCOPE}/output_projection"]["weights"]
+
+    assert not np.any(weights(*make_arguments(sizes, 2)))
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def af2_in_float64(monkeypatch):
             monkeypatch.setattr(field, "metadata", types.MappingProxyType({}))
 
 
-def outputs_and_gradients(module):
+def outputs_and_gradients(module, **options):
     """Compiles (params, arguments, cotangent) -> outputs and gradients.
 
     Gradients are grouped: the weights and the bias of a projection have one scale, and so have
@@ -135,7 +140,7 @@ def outputs_and_gradients(module):
     not see the bias of `attention_2d`, and one residue alone does not see its translation.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, **options)
     def compute(params, arguments, cotangent):
         inputs_1d, inputs_2d, mask, *frames = arguments
 
@@ -177,11 +182,12 @@ def compiled(sizes_of):
     """From a size, and an implementation or None for AF2, to `outputs_and_gradients`."""
 
     @functools.cache
-    def compiled(size, implementation):
+    def compiled(size, implementation, quickly=False):
         sizes = sizes_of(size)
+        options = {"compiler_options": QUICKLY} if quickly else {}
         if implementation is None:
-            return outputs_and_gradients(af2_module(sizes))
-        return outputs_and_gradients(our_module(sizes, implementation=implementation))
+            return outputs_and_gradients(af2_module(sizes), **options)
+        return outputs_and_gradients(our_module(sizes, implementation=implementation), **options)
 
     return compiled
 
@@ -189,7 +195,7 @@ def compiled(sizes_of):
 CASES = [
     *(pytest.param("af2", n, marks=pytest.mark.slow) for n in (1, 2, 64)),
     ("af2", 17),
-    ("odd", 17),
+    pytest.param("odd", 17, marks=pytest.mark.slow),
 ]
 
 
@@ -223,7 +229,7 @@ def test_reference_is_af2_in_float64(size, mask, case, compiled):
 @pytest.mark.usefixtures("af2_in_float64")
 @pytest.mark.parametrize("mask", ["full", "padded", "holed"])
 @pytest.mark.parametrize(
-    ("size", "n"), [("af2", 64), pytest.param("af2", 17, marks=pytest.mark.slow), ("odd", 17)]
+    ("size", "n"), [("af2", 64), *(pytest.param(x, 17, marks=pytest.mark.slow) for x in ("af2", "odd"))]
 )
 @pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_error_budget(implementation, size, n, mask, case, compiled):
@@ -240,7 +246,7 @@ def test_error_budget(implementation, size, n, mask, case, compiled):
             compiled(size, None)(*arguments),
         )
         with jax.enable_x64(True):
-            exact = compiled(size, None)(*as_float64(arguments))
+            exact = compiled(size, None, quickly=True)(*as_float64(arguments))
         draws = jax.device_get((fast, af2_result, exact))
         results.append([(output * rows, gradients) for output, gradients in draws])
     fast, af2_result, exact = (
@@ -293,8 +299,10 @@ def test_the_norm_is_clamped_as_in_af2(dist_epsilon, implementation, case, sizes
     arguments = inputs_1d, inputs_2d, mask, rotation, jnp.ones((5, 3))
     options = {"dist_epsilon": dist_epsilon}
     module = our_module(sizes, implementation=implementation, **options)
-    ours = outputs_and_gradients(module)(params, arguments, cotangent)
-    theirs = outputs_and_gradients(af2_module(sizes, **options))(params, arguments, cotangent)
+    ours, theirs = (
+        outputs_and_gradients(x, compiler_options=QUICKLY)(params, arguments, cotangent)
+        for x in (module, af2_module(sizes, **options))
+    )
     assert difference(ours[0], theirs[0]) <= 1e-6 * largest(theirs[0])
     for name, expected in theirs[1].items():
         assert np.all(np.isfinite(ours[1][name])), name
@@ -308,7 +316,7 @@ def test_batches_are_loops(implementation, sizes_of, make_arguments, make_params
     sizes = sizes_of("tiny")
     arguments = make_arguments(sizes, 6, mask="padded", batch=(2, 3))
     module = our_module(sizes, implementation=implementation)
-    apply = jax.jit(module.apply)
+    apply = jax.jit(module.apply, compiler_options=QUICKLY)
     params = make_params(module, *arguments)
     output = apply(params, *arguments)
     assert output.shape == (2, 3, 6, 8)

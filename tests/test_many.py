@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import QUICKLY
 
 from ipa_haiku import QuatAffine, folding, folding_multimer
 
@@ -41,7 +42,7 @@ def run(request, sizes_of, make_params):
 
     module = hk.without_apply_rng(hk.transform(call))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def value_and_gradients(params, inputs, segment_ids, cotangent):
         def fn(params, arrays):
             return module.apply(params, **arrays, mask=inputs.mask, segment_ids=segment_ids)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from alphafold.model import folding as af2_folding
 from alphafold.model import quat_affine as af2_quat_affine
+from implementations import QUICKLY
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
 
@@ -29,7 +30,7 @@ def temporary_bytes(module, frames):
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, 384), (N, N, 128), (N, 7))]
     params = jax.eval_shape(call.init, jax.random.key(0), *inputs)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
-    return gradient.lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes
+    return gradient.lower(params, *inputs).compile(QUICKLY).memory_analysis().temp_size_in_bytes
 
 
 @pytest.fixture(scope="module")

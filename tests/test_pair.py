@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import QUICKLY
 
 from ipa_haiku import (
     FactorizedPair,
@@ -134,7 +135,6 @@ SLOW_CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def run(scales, implementation, inputs, rows, cotangents):
     """Outputs and gradients of everything differentiable, that of the pair bias apart."""
     arrays, merge = split(inputs)
@@ -154,6 +154,10 @@ def run(scales, implementation, inputs, rows, cotangents):
     return outputs, gradients, bias
 
 
+compiled = functools.partial(jax.jit, static_argnums=(0, 1))
+run_as_it_is, run_in_float64 = compiled(run), compiled(run, compiler_options=QUICKLY)
+
+
 def value_and_gradients(case, implementation, draws, float64=False):
     """What `run` gives but for the pair bias, of all draws, stacked."""
 
@@ -163,7 +167,8 @@ def value_and_gradients(case, implementation, draws, float64=False):
 
     with jax.enable_x64(float64):
         draws = jax.tree.map(widen, draws) if float64 else draws
-        results = [jax.device_get(run(case.scales, implementation, *draw)) for draw in draws]
+        fn = run_in_float64 if float64 else run_as_it_is
+        results = [jax.device_get(fn(case.scales, implementation, *draw)) for draw in draws]
     if implementation == "xla":
         assert not any(np.any(bias) for *_, bias in results if bias is not None)
     return jax.tree.map(lambda *x: np.stack(x), *[result[:2] for result in results])
@@ -209,9 +214,8 @@ def test_error_budget(name, make_pair_inputs):
 def test_reference_goes_through_the_array(form, make_pair_inputs):
     inputs = make_pair_inputs(form)
     dense = inputs._replace(inputs_2d=inputs.inputs_2d.to_dense())
-    chex.assert_trees_all_equal(
-        attend(inputs, implementation="reference"), attend(dense, implementation="reference")
-    )
+    run = jax.jit(functools.partial(attend, implementation="reference"), compiler_options=QUICKLY)
+    chex.assert_trees_all_equal(run(inputs), run(dense))
 
 
 @pytest.mark.parametrize("form", ["rank_4", "relative"])
@@ -222,7 +226,7 @@ def test_float64(form, make_pair_inputs):
             make_pair_inputs(form, num_query=13, mask="padded"),
         )
         fast, exact = (
-            jax.jit(functools.partial(attend, implementation=name))(inputs)
+            jax.jit(functools.partial(attend, implementation=name), compiler_options=QUICKLY)(inputs)
             for name in ("xla", "reference")
         )
     valid = np.asarray(inputs.q_mask) == 1
@@ -264,7 +268,10 @@ def test_masks_have_af2s_gradient(make_pair_inputs):
         inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         # The penalty is 1e5 times what is missing to 1: up to 2.
         masks = [1 - 1e-5 * rng.random(len(x)) for x in (inputs.q_mask, inputs.k_mask)]
-        run = jax.jit(lambda *x: [gradients(name, *x) for name in ("xla", "reference")])
+        run = jax.jit(
+            lambda *x: [gradients(name, *x) for name in ("xla", "reference")],
+            compiler_options=QUICKLY,
+        )
         actual, expected = jax.device_get(run(inputs, masks))
     for x, y in zip(actual, expected):
         assert np.any(y)
@@ -300,7 +307,7 @@ def test_other_derivatives_are_right_or_refused(make_pair_inputs):
         return jnp.sum(jnp.square(result.pair))
 
     hessian, expected = (
-        jax.jit(jax.jacrev(jax.grad(loss)), static_argnums=1)(q_point, name)
+        jax.jit(jax.jacrev(jax.grad(loss)), static_argnums=1, compiler_options=QUICKLY)(q_point, name)
         for name in ("xla", "reference")
     )
     chex.assert_trees_all_close(hessian, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))
@@ -308,6 +315,7 @@ def test_other_derivatives_are_right_or_refused(make_pair_inputs):
         jax.jvp(lambda x: loss(x, "xla"), (q_point,), (q_point,))
 
 
+@pytest.mark.slow
 def test_checkpoint_and_scan(make_pair_inputs):
     arrays, merge = split(make_pair_inputs("rank_1", num_query=6, num_key=6))
 

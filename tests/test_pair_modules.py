@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from implementations import QUICKLY
 
 from ipa_haiku import (
     FactorizedPair,
@@ -68,7 +69,7 @@ def test_modules_take_it_for_the_array(form, variant, sizes_of, make_inputs, mak
             out = mask * model.apply(params, inputs_1d, to_pair(*parts), mask, affine)
             return jnp.sum(jnp.square(out)), out
 
-        run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+        run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), compiler_options=QUICKLY)
         gradients, out = run(params, inputs_1d, parts, affine)
         # Exactly zero here, rounding in AF2's order.
         gradients[0]["invariant_point_attention/attention_2d"].pop("bias")
@@ -103,8 +104,8 @@ def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
         f"{scope}/output_projection": params[f"{scope}/output_projection"]
         | {"weights": jnp.concatenate([weights, rest])},
     }
-    expected = jax.jit(model.apply)(blind, inputs_1d, inputs_2d, mask, affine)
-    actual = jax.jit(model.apply)(params, inputs_1d, None, mask, affine)
+    expected = jax.jit(model.apply, compiler_options=QUICKLY)(blind, inputs_1d, inputs_2d, mask, affine)
+    actual = jax.jit(model.apply, compiler_options=QUICKLY)(params, inputs_1d, None, mask, affine)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.max(np.abs(expected)))
 
 
@@ -183,7 +184,7 @@ def lowered(form, n, mode, platform=None):
 def test_memory_is_linear(form, mode):
     temporary = {}
     for n in (2048, 8192):
-        compiled = lowered(form, n, mode).compile()
+        compiled = lowered(form, n, mode).compile(QUICKLY)
         temporary[n] = compiled.memory_analysis().temp_size_in_bytes
         sizes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", compiled.as_text())
         largest = max(math.prod(map(int, size.split(","))) for size in sizes)

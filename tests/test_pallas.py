@@ -55,10 +55,7 @@ def attend(inputs, **options):
 
 @functools.cache
 def _outputs_and_gradients(options):
-    # Compiles in two thirds of the time.
-    fast_to_compile = {"xla_backend_optimization_level": 0}
-
-    @functools.partial(jax.jit, compiler_options=fast_to_compile)
+    @jax.jit
     def run(inputs, cotangents):
         outputs, pull_back = jax.vjp(lambda x: attend(x, **dict(options)), inputs)
         (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))

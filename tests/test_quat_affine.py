@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from alphafold.model import quat_affine as af2
 from alphafold.model import r3
+from implementations import QUICKLY
 from rotations import (
     EAGER,
     EPS,
@@ -117,9 +118,27 @@ def random_inputs(rng, n):
     }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_same_bits_as_af2(name):
+def all_calls(module, x):
+    """Of every name in `CALLS`; in one program, as compiling one for each takes minutes."""
+    return {name: call(module, x) for name, call in CALLS.items()}
+
+
+def test_same_bits_as_af2():
     # 147: whole vector registers and a rest.
+    x = random_inputs(np.random.default_rng(0), 147)
+    actual, expected = (jax.jit(functools.partial(all_calls, m))(x) for m in (ours, af2))
+    different = []
+    for name in CALLS:
+        try:
+            assert_same_bits(actual[name], expected[name])
+        except AssertionError:
+            different.append(name)
+    assert not different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_as_af2_alone(name):
     x, call = random_inputs(np.random.default_rng(0), 147), CALLS[name]
     jitted = [jax.jit(lambda x, m=m: call(m, x))(x) for m in (ours, af2)]
     assert_same_bits(*jitted)
@@ -131,27 +150,26 @@ def test_same_bits_as_af2_without_jit(name):
     assert_same_bits(CALLS[name](ours, x), CALLS[name](af2, x))
 
 
-# Seconds to compile, of functions that are made of others here.
-SLOW_GRADIENTS = ("make_transform_from_reference", "pre_compose_twice")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_GRADIENTS)) for name in CALLS],
-)
-def test_same_gradient_as_af2(name):
+def test_same_gradients_as_af2():
     x = random_inputs(np.random.default_rng(1), 17)
 
-    def loss(x, module):
-        leaves = jax.tree.leaves(CALLS[name](module, x))
-        return sum(jnp.vdot(leaf, cotangent(leaf)) for leaf in leaves)
+    def gradients(module, x):
+        def loss(x, name):
+            leaves = jax.tree.leaves(CALLS[name](module, x))
+            return sum(jnp.vdot(leaf, cotangent(leaf)) for leaf in leaves)
 
-    actual, expected = (jax.jit(jax.grad(loss), static_argnums=1)(x, m) for m in (ours, af2))
-    for key in x:
-        # The same products in sums of at most 100 terms: 1e-5 is 100 eps.
-        np.testing.assert_allclose(
-            actual[key], expected[key], rtol=0, atol=1e-5 * np.max(np.abs(expected[key]))
-        )
+        return {name: jax.grad(loss)(x, name) for name in CALLS}
+
+    actual, expected = (
+        jax.jit(functools.partial(gradients, m), compiler_options=QUICKLY)(x) for m in (ours, af2)
+    )
+    for name in CALLS:
+        for key in x:
+            # The same products in sums of at most 100 terms: 1e-5 is 100 eps.
+            y = expected[name][key]
+            np.testing.assert_allclose(
+                actual[name][key], y, rtol=0, atol=1e-5 * np.max(np.abs(y)), err_msg=name
+            )
 
 
 @pytest.mark.parametrize("name", ["QUAT_TO_ROT", "QUAT_MULTIPLY", "QUAT_MULTIPLY_BY_VEC"])
@@ -296,17 +314,24 @@ def test_rot_to_quat_is_finite_for_matrices_that_are_no_rotations():
 
 
 # N, CA, C of a standard residue in its own frame, in Å.
-@pytest.mark.parametrize("name", CALLS | NEW_CALLS)
-def test_gradient_is_finite_at_identity_and_half_turns(name):
+def test_gradients_are_finite_at_identity_and_half_turns():
     quaternions, rotations = (np.stack(x).astype(np.float32) for x in zip(*EXACT.values()))
     n, ca, c = np.einsum("nij,aj->ani", rotations, STANDARD_RESIDUE.astype(np.float32))
     x = random_inputs(np.random.default_rng(6), len(EXACT))
     x |= {"quat": quaternions, "unit": quaternions, "n": n, "ca": ca, "c": c}
     x |= {"update": np.zeros_like(x["update"])}
-    value, pullback = jax.vjp(lambda x: (CALLS | NEW_CALLS)[name](ours, x), x)
-    gradients = pullback(jax.tree.map(cotangent, value))
-    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves((value, gradients)))
-    assert any(np.any(g != 0) for g in jax.tree.leaves(gradients))
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def values_and_gradients(x):
+        results = {}
+        for name, call in (CALLS | NEW_CALLS).items():
+            value, pullback = jax.vjp(functools.partial(call, ours), x)
+            results[name] = value, pullback(jax.tree.map(cotangent, value))
+        return results
+
+    for name, (value, gradients) in values_and_gradients(x).items():
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves((value, gradients))), name
+        assert any(np.any(g != 0) for g in jax.tree.leaves(gradients)), name
 
 
 DEGENERATE_RESIDUES = {

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import REFERENCE_IF_SLOW
+from implementations import QUICKLY, REFERENCE_IF_SLOW
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
 
-N, NUM_LAYER = 6, 8
+N, NUM_LAYER = 6, 3
 CONFIG = IPAConfig(2, 4, 3, 2, 3, num_channel=8)  # as many channels out as in
 # Roundings of a few dozen operations, in another order once a compiler has fused them.
 TOLERANCE = 30 * float(np.finfo(np.float32).eps)
@@ -66,7 +66,7 @@ def rematerialized(layer, x):
 
 
 def values_and_gradients(module, params, inputs):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(params, x):
         output, pull_back = jax.vjp(lambda *args: module.apply(*args, inputs), params, x)
         return output, pull_back(jnp.cos(output))
@@ -83,7 +83,7 @@ def assert_close(actual, expected):
 
 @pytest.fixture(scope="module")
 def looped(inputs, make_params):
-    """From an implementation to parameters, and values and gradients of eight calls in a row."""
+    """From an implementation to parameters, and values and gradients of three calls in a row."""
 
     @functools.cache
     def run(implementation):
@@ -95,7 +95,7 @@ def looped(inputs, make_params):
 
 
 @pytest.mark.parametrize("update", [scan, pytest.param(rematerialized, marks=pytest.mark.slow)])
-def test_one_set_of_weights_over_eight_iterations(update, implementation, inputs, looped):
+def test_one_set_of_weights_over_iterations(update, implementation, inputs, looped):
     params, expected = looped(implementation)
     module = transformed(implementation, update)
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs.inputs_1d, inputs)
@@ -106,7 +106,7 @@ def test_one_set_of_weights_over_eight_iterations(update, implementation, inputs
 def test_fori_loop(implementation, inputs, looped):
     params, (expected, _) = looped(implementation)
     module = transformed(implementation, fori_loop)
-    assert_close(jax.jit(module.apply)(params, inputs.inputs_1d, inputs), expected)
+    assert_close(jax.jit(module.apply, compiler_options=QUICKLY)(params, inputs.inputs_1d, inputs), expected)
 
 
 def test_layer_stack(implementation, inputs, make_params):
@@ -133,13 +133,19 @@ def test_vmap_over_proteins_and_over_weights(implementation, sizes_of, make_inpu
     module = transformed(implementation, lambda layer, x: layer(x))
     batch = [make_inputs(sizes_of("tiny"), N, mask="padded", seed=seed) for seed in range(3)]
     params = [make_params(module, x.inputs_1d, x, seed=seed) for seed, x in enumerate(batch)]
-    run = jax.jit(lambda params, inputs: module.apply(params, inputs.inputs_1d, inputs))
+
+    def apply(params, inputs):
+        return module.apply(params, inputs.inputs_1d, inputs)
+
+    run = jax.jit(apply, compiler_options=QUICKLY)
     stacked = jax.tree.map(lambda *x: np.stack(x), *batch)
     for weights, axis in ((params[:1] * 3, None), (params, 0)):
         stacked_weights = (
             params[0] if axis is None else jax.tree.map(lambda *x: np.stack(x), *params)
         )
-        mapped = jax.jit(jax.vmap(run, in_axes=(axis, 0)))(stacked_weights, stacked)
+        mapped = jax.jit(jax.vmap(apply, in_axes=(axis, 0)), compiler_options=QUICKLY)(
+            stacked_weights, stacked
+        )
         assert_close(mapped, np.stack([run(p, x) for p, x in zip(weights, batch)]))
 
 
@@ -151,7 +157,7 @@ def test_frames_pass_through_jit_and_grad_as_a_pytree(implementation, inputs, ma
     module = hk.without_apply_rng(hk.transform(call))
     frames = QuatAffine.from_tensor(inputs.affine)
     params = make_params(module, frames)
-    gradient = jax.jit(jax.grad(module.apply, argnums=1))(params, frames)
+    gradient = jax.jit(jax.grad(module.apply, argnums=1), compiler_options=QUICKLY)(params, frames)
     assert isinstance(gradient, QuatAffine)
     assert all(np.any(x) for x in gradient.translation)
     # The output is the same wherever all frames are, so the sum over residues vanishes.

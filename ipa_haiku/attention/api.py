@@ -6,8 +6,8 @@ import functools
 import jax
 
 from ipa_haiku.attention.centering import at_center
-from ipa_haiku.attention.pair import StructuredPair, dense_channel
 from ipa_haiku.attention.options import DEFAULT_MEMORY_BUDGET, Options
+from ipa_haiku.attention.pair import StructuredPair, dense_channel
 from ipa_haiku.attention.pallas_triton.config import KernelConfig
 from ipa_haiku.attention.selection import IMPLEMENTATIONS, select
 from ipa_haiku.attention.sharding import RowSharding

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ipa_haiku.attention.types import IPAInputs, IPAOutput
 
+
 def center(
     points: jax.Array,
     mask: jax.Array,

@@ -36,8 +36,6 @@ def flat(points: jax.Array) -> jax.Array:
     return points.reshape(*points.shape[:-2], -1)
 
 
-
-
 def sum_of_squares(q: jax.Array, k: jax.Array) -> jax.Array:
     """Squared differences of coordinates [..., P*3, Nq] and [..., P*3, Nk], summed over them.
 

@@ -61,9 +61,7 @@ def _no_blocks(options: Options, problem: _Problem) -> str | None:
     del problem
     if options.query_block is None:
         return None
-    return (
-        "query_block needs implementation='xla' or 'pallas': 'reference' holds all rows at once."
-    )
+    return "query_block needs implementation='xla' or 'pallas': 'reference' holds all rows at once."
 
 
 def _no_weights(options: Options, problem: _Problem) -> str | None:

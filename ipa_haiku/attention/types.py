@@ -119,7 +119,8 @@ def axes_of(inputs: IPAInputs) -> IPAInputs:
     """The names of the axes of every array, such as "... Nq H C", in place of the array."""
 
     def axes(name: str, x: Any) -> Any:
-        return type(x)(**x.AXES) if isinstance(x, StructuredPair) else _AXES[name]
+        parts: Any = x.AXES if isinstance(x, StructuredPair) else {}
+        return type(x)(**parts) if parts else _AXES[name]
 
     fields: Any = {k: None if x is None else axes(k, x) for k, x in inputs._asdict().items()}
     return IPAInputs(**fields)

@@ -57,10 +57,10 @@ def unfused(x: jax.Array) -> jax.Array:
 def sum_over_keys(weights: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """weights [b, m, Nk] times x [b, Nk, n], as `jnp.matmul`.
 
-    Symptom: the product runs on one core. Cause: XLA:CPU spreads a batch of products over cores only
-    where a sum follows. So it sums parts of the keys, which is more accurate, too. Effect on the
-    product of attention weights and `inputs_2d`: 45 to 25 ms at N = 512; forward pass of the core 113
-    to 90 ms, at 256 26 to 19 ms.
+    Symptom: the product runs on one core. Cause: XLA:CPU spreads a batch of products over cores
+    only where a sum follows. So it sums parts of the keys, which is more accurate, too. Effect on
+    the product of attention weights and `inputs_2d`: 45 to 25 ms at N = 512; forward pass of the
+    core 113 to 90 ms, at 256 26 to 19 ms.
     """
 
     def whole() -> jax.Array:

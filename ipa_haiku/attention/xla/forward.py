@@ -148,7 +148,9 @@ def take_queries(q: Queries, start: jax.Array | int, size: int) -> Queries:
     rows = jax.tree.map(lambda x: take(x, start, size), q._replace(pair_rows=None))
     if q.pair_rows is None:
         return rows
-    pair_rows = cpu.one_array(lambda: take(q.pair_rows, start, size), start < num_query)
+    pair_rows = cpu.one_array(
+        lambda: take(q.pair_rows, start, size), jnp.asarray(start < num_query)
+    )
     return rows._replace(pair_rows=pair_rows)
 
 

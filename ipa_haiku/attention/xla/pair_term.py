@@ -4,8 +4,8 @@
     sums_qhf = sum_k attention_hqk features_qkf
 
 `inputs_2d` as an array is its own features, f are its channels. For the others C_z channels of a
-pair never meet. With z_qk = sum_r left_qr right_kr channel by channel, features are right_k, for all
-queries the same, f counts ranks and channels, and the weights of each query are its own:
+pair never meet. With z_qk = sum_r left_qr right_kr channel by channel, features are right_k, the
+same for all queries, f counts ranks and channels, and the weights of each query are its own:
 
     (z W)_qkh = sum_rc (left_qrc W_ch) right_krc
     pair_qhc = sum_r left_qrc (sum_k a_hqk right_krc)

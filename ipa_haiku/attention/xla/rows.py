@@ -40,7 +40,9 @@ def by_rows(
     return jax.lax.fori_loop(0, -(-num_row // block), step, as_varying(empty, like))
 
 
-def sum_by_rows(compute: Callable[[Any], tuple[Any, Any]], rows: Any, block: int, like: Any) -> Any:
+def sum_by_rows(
+    compute: Callable[[Any, jax.Array], tuple[Any, Any]], rows: Any, block: int, like: Any
+) -> Any:
     """By-row results and sums over rows, of a function that is linear in what it is told to count.
 
     Args:

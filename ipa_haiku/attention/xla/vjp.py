@@ -47,13 +47,15 @@ def _forward(static: Static, q: Queries, k: Keys, weights: Weights) -> tuple[Sum
         softmax = softmax_of(static, rows, k, weights)
         return softmax, sums_of(static, softmax, rows, k, weights)
 
-    axes = Softmax(1, 1), _axes_of_sums(q, k)
+    second: Any = 1  # the axis of rows
+    axes = Softmax(second, second), _axes_of_sums(q, k)
     softmax, sums = _in_blocks(static, q, k, compute, axes)
     return sums, (q, k, weights, softmax)
 
 
 def _axes_of_sums(q: Queries, k: Keys) -> Any:
-    return Sums(0, 0 if has_pair(q, k) else None)
+    first: Any = 0
+    return Sums(first, first if has_pair(q, k) else None)
 
 
 def _in_blocks(static: Static, q: Queries, k: Keys, compute: Any, axes: Any) -> Any:
@@ -73,7 +75,7 @@ def _backward(static: Static, residuals: tuple, cotangent: Sums) -> tuple[Querie
     if softmax is not None:
         return _gradients(static, q, k, weights, softmax, cotangent)
 
-    def compute(rows: tuple[Queries, Sums], is_counted: jax.Array) -> tuple[Queries, Any]:
+    def compute(rows: Any, is_counted: jax.Array) -> tuple[Queries, Any]:
         q, cotangent = rows
         cotangent = jax.tree.map(lambda x: jnp.where(is_counted[:, None, None], x, 0.0), cotangent)
         softmax = softmax_of(static, q, k, weights)
