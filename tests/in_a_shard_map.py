@@ -61,6 +61,7 @@ def assert_step_equals_one_device(loss, exact_loss, weights, proteins):
         in_specs=(P(), P("data"), P("data")),
         out_specs=(P(), P(), P("data")),
     )
+
     def on_one_device(weights, proteins, constants):
         def total(weights, proteins):
             return exact_loss(weights, merge(proteins, constants))

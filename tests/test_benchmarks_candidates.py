@@ -7,7 +7,10 @@ stand-ins in `test_benchmarks_run.py`.
 import dataclasses
 import functools
 import itertools
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import haiku as hk
 import jax
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import candidates, checks, demo, layouts, peers
+from benchmarks import candidates, checks, demo, layouts, peers, results
 from benchmarks.cases import Bench, Model
 from benchmarks.peers import Checkouts, Missing, load_peer
 from benchmarks.problems import make_problem, squared_distance
@@ -116,8 +119,8 @@ def test_gradients_of_the_core():
 
 
 def test_results_of_the_module():
-    names = ("xla", "alphafold_multimer")
-    found = _run(modes=("forward",), implementations=names[:1], peers=names[1:])
+    names = ("devices_1", "alphafold_multimer")
+    found = _run(modes=("forward",), implementations=(), devices=(1,), peers=names[1:])
     rows = _check_rows(found, ("forward",), names)
     for row in rows.values():
         assert row.errors.keys() == {"output"}
@@ -136,6 +139,25 @@ def test_gradients_of_the_module(monkeypatch):
         assert row.error == max(row.errors.values())
         base = rows["grad", "alphafold"].median_ms
         assert row.speedup == pytest.approx(base / row.median_ms)
+
+
+def test_rows_over_devices_must_be_equally_many(monkeypatch):
+    monkeypatch.setattr(jax, "make_mesh", lambda *_, **__: types.SimpleNamespace(size=2))
+    monkeypatch.setattr(candidates, "RowSharding", lambda *_: None)
+    (two,) = candidates.all_ours("module", TINY, Bench((5,), implementations=(), devices=(2,)))
+    assert (two.name, two.label) == ("devices_2", "ipa_haiku, 2 devices")
+    with pytest.raises(NotImplementedError, match="N must be a multiple of 2 devices"):
+        two.arguments(make_problem("module", TINY, 5, "float32", jax.random.key(0)))
+
+
+@pytest.mark.slow
+def test_program_measures_rows_over_devices(tmp_path):
+    options = "--model tiny --what module --sizes 4 --peers none --devices 1,2 --repeats 2 --out"
+    command = [sys.executable, "-m", "benchmarks", *options.split(), str(tmp_path / "x.json")]
+    root = Path(__file__).parents[1]
+    subprocess.run([*command, "--implementations", "none"], check=True, cwd=root)
+    found = results.read(tmp_path / "x.json")
+    _check_rows(found, ("forward", "grad"), ("devices_1", "devices_2"))
 
 
 @pytest.mark.parametrize(

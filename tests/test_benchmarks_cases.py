@@ -40,6 +40,7 @@ def test_overrides_replace_what_the_file_says():
         ("modes", ["backward"], "known are forward, grad"),
         ("implementations", ["fast"], "known are reference"),
         ("peers", ["boltz"], "known are alphafold"),
+        ("devices", [0], "at least 1, got 0"),
         ("dtype", "float16", "known are float32, bfloat16"),
         ("repeats", 0, "at least 1"),
         ("float64_max_size", -1, "at least 0"),
@@ -140,7 +141,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     options = (
         "config model sizes implementations peers openfold flash-ipa modes what dtype pair-rank "
-        "repeats seed "
+        "devices repeats seed "
         "structure chain cost out plot compare margin update-readme from-json"
     )
     for option in options.split():

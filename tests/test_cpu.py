@@ -112,7 +112,9 @@ def test_sums_over_keys_in_parts():
     def sums(arguments):
         return {n: cpu.sum_over_keys(*x, jax.lax.Precision.HIGHEST) for n, x in arguments.items()}
 
-    texts = {platform: lower(sums, arguments, platform=platform).as_text() for platform in PLATFORMS}
+    texts = {
+        platform: lower(sums, arguments, platform=platform).as_text() for platform in PLATFORMS
+    }
     for n, num in num_part.items():
         factor = "x".join(map(str, (2, num, n // num, 5) if num > 1 else (2, n, 5)))
         product = re.compile(rf"stablehlo\.dot_general.* : \(.*tensor<{factor}xf32>.*\) ->")

@@ -229,7 +229,8 @@ def test_reference_is_af2_in_float64(size, mask, case, compiled):
 @pytest.mark.usefixtures("af2_in_float64")
 @pytest.mark.parametrize("mask", ["full", "padded", "holed"])
 @pytest.mark.parametrize(
-    ("size", "n"), [("af2", 64), *(pytest.param(x, 17, marks=pytest.mark.slow) for x in ("af2", "odd"))]
+    ("size", "n"),
+    [("af2", 64), *(pytest.param(x, 17, marks=pytest.mark.slow) for x in ("af2", "odd"))],
 )
 @pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_error_budget(implementation, size, n, mask, case, compiled):

@@ -226,7 +226,9 @@ def test_float64(form, make_pair_inputs):
             make_pair_inputs(form, num_query=13, mask="padded"),
         )
         fast, exact = (
-            jax.jit(functools.partial(attend, implementation=name), compiler_options=QUICKLY)(inputs)
+            jax.jit(functools.partial(attend, implementation=name), compiler_options=QUICKLY)(
+                inputs
+            )
             for name in ("xla", "reference")
         )
     valid = np.asarray(inputs.q_mask) == 1
@@ -307,7 +309,9 @@ def test_other_derivatives_are_right_or_refused(make_pair_inputs):
         return jnp.sum(jnp.square(result.pair))
 
     hessian, expected = (
-        jax.jit(jax.jacrev(jax.grad(loss)), static_argnums=1, compiler_options=QUICKLY)(q_point, name)
+        jax.jit(jax.jacrev(jax.grad(loss)), static_argnums=1, compiler_options=QUICKLY)(
+            q_point, name
+        )
         for name in ("xla", "reference")
     )
     chex.assert_trees_all_close(hessian, expected, atol=1e-5 * jnp.max(jnp.abs(expected)))

@@ -104,7 +104,9 @@ def test_modules_without_pair(variant, sizes_of, make_inputs, make_params):
         f"{scope}/output_projection": params[f"{scope}/output_projection"]
         | {"weights": jnp.concatenate([weights, rest])},
     }
-    expected = jax.jit(model.apply, compiler_options=QUICKLY)(blind, inputs_1d, inputs_2d, mask, affine)
+    expected = jax.jit(model.apply, compiler_options=QUICKLY)(
+        blind, inputs_1d, inputs_2d, mask, affine
+    )
     actual = jax.jit(model.apply, compiler_options=QUICKLY)(params, inputs_1d, None, mask, affine)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.max(np.abs(expected)))
 

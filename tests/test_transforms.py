@@ -106,7 +106,9 @@ def test_one_set_of_weights_over_iterations(update, implementation, inputs, loop
 def test_fori_loop(implementation, inputs, looped):
     params, (expected, _) = looped(implementation)
     module = transformed(implementation, fori_loop)
-    assert_close(jax.jit(module.apply, compiler_options=QUICKLY)(params, inputs.inputs_1d, inputs), expected)
+    assert_close(
+        jax.jit(module.apply, compiler_options=QUICKLY)(params, inputs.inputs_1d, inputs), expected
+    )
 
 
 def test_layer_stack(implementation, inputs, make_params):
