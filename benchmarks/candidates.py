@@ -34,6 +34,9 @@ _MAX_COMPILE = 3
 # the names of `Problem.differentiable`.
 Groups = dict[str, Any]
 
+# From the arrays of a problem by name, differentiable and constant, to its result.
+Forward = Callable[[dict[str, Any]], Any]
+
 
 class Prepared(NamedTuple):
     """A computation that is compiled and has its inputs on the device."""
@@ -78,9 +81,9 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class JaxCandidate(Candidate):
-    """A function of (`differentiable`, `constant`) in JAX."""
+    """A function in JAX of the arrays of a problem, by name."""
 
-    forward: Callable[[dict[str, Any], dict[str, Any]], Any]
+    forward: Forward
 
     def arguments(self, problem: Problem) -> Problem:
         """`problem` with the parameters in the candidate's layout."""
@@ -90,10 +93,10 @@ class JaxCandidate(Candidate):
         """What is compiled: a function of `arguments` that returns the groups."""
 
         def forward(problem: Problem) -> Groups:
-            return {"output": self.forward(problem.differentiable, problem.constant)}
+            return {"output": self.forward(problem.differentiable | problem.constant)}
 
         def loss(differentiable: dict[str, Any], problem: Problem) -> jax.Array:
-            output = self.forward(differentiable, problem.constant)
+            output = self.forward(differentiable | problem.constant)
             return squared_distance(output, problem.target)
 
         def gradient(problem: Problem) -> Groups:
@@ -130,7 +133,7 @@ def ours(what: str, model: Model, implementation: str | None) -> JaxCandidate:
     """This project's `implementation`, None being its default, as a candidate for `what`."""
     if what == "module":
         return our_module(model, implementation)
-    forward: Callable[..., Any] = functools.partial(_our_core, model, implementation)
+    forward: Forward = functools.partial(_our_core, model, implementation)
     if what == "structure_module":
         forward = _in_structure_module(model, functools.partial(use_in_alphafold, implementation))
     return JaxCandidate(*_name_and_label(implementation), forward)
@@ -145,16 +148,11 @@ def all_ours(what: str, model: Model, bench: Bench) -> list[JaxCandidate]:
 
 
 def _on_the_array(candidate: JaxCandidate) -> JaxCandidate:
-    def forward(differentiable: dict[str, Any], constant: dict[str, Any]) -> Any:
-        dense = {"inputs_2d": differentiable["inputs_2d"].to_dense()}
-        return candidate.forward(differentiable | dense, constant)
+    def forward(x: dict[str, Any]) -> Any:
+        return candidate.forward(x | {"inputs_2d": x["inputs_2d"].to_dense()})
 
-    return dataclasses.replace(
-        candidate,
-        name=f"{candidate.name}_array",
-        label=f"{candidate.label}, array",
-        forward=forward,
-    )
+    name, label = f"{candidate.name}_array", f"{candidate.label}, array"
+    return dataclasses.replace(candidate, name=name, label=label, forward=forward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,29 +237,20 @@ def alphafold_multimer(model: Model) -> JaxCandidate:
 
     module_forward = _module_forward(model, af2_multimer.InvariantPointAttention, frames)
 
-    def forward(differentiable: dict[str, Any], constant: dict[str, Any]) -> Any:
-        if differentiable["inputs_1d"].dtype == jnp.bfloat16:
+    def forward(x: dict[str, Any]) -> Any:
+        if x["inputs_1d"].dtype == jnp.bfloat16:
             raise NotImplementedError("its points are float32 only, and so are its inputs")
-        return module_forward(differentiable, constant)
+        return module_forward(x)
 
     layout = functools.partial(layouts.to_multimer, model=model)
     return JaxCandidate("alphafold_multimer", "AlphaFold 2 multimer", forward, layout=layout)
 
 
-def _our_core(
-    model: Model,
-    implementation: str | None,
-    differentiable: dict[str, Any],
-    constant: dict[str, Any],
-) -> dict[str, jax.Array]:
-    arrays = {name: x for name, x in differentiable.items() if name != "weights"}
+def _our_core(model: Model, implementation: str | None, x: dict[str, Any]) -> dict[str, jax.Array]:
+    arrays = {**x, **x["weights"]}
+    del arrays["weights"]
     result = invariant_point_attention(
-        **arrays,
-        **differentiable["weights"],
-        q_mask=constant["mask"],
-        k_mask=constant["mask"],
-        logit_scales=core_scales(model),
-        implementation=implementation,
+        **arrays, logit_scales=core_scales(model), implementation=implementation
     )
     return {"scalar": result.scalar, "point": result.point, "pair": result.pair}
 
@@ -271,25 +260,18 @@ def _module_forward(
     module: Callable[..., Any],
     frames: Callable[[jax.Array], Any],
     **call_options: Any,
-) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
-    def call(inputs_1d: jax.Array, inputs_2d: jax.Array, mask: jax.Array, affine: jax.Array) -> Any:
+) -> Forward:
+    def call(x: dict[str, Any]) -> Any:
         attention = module(model.ipa, GLOBAL_CONFIG)
-        return attention(inputs_1d, inputs_2d, mask, frames(affine), **call_options)
+        inputs = x["inputs_1d"], x["inputs_2d"], x["mask"], frames(x["affine"])
+        return attention(*inputs, **call_options)
 
-    transformed = hk.transform(call)
-
-    def forward(differentiable: dict[str, Any], constant: dict[str, Any]) -> Any:
-        d = differentiable
-        return transformed.apply(
-            d["parameters"], None, d["inputs_1d"], d["inputs_2d"], constant["mask"], d["affine"]
-        )
-
-    return forward
+    return lambda x: hk.transform(call).apply(x["parameters"], None, x)
 
 
 def _in_structure_module(
     model: Model, attention: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+) -> Forward:
     from benchmarks import structure_module  # imports alphafold
 
     return functools.partial(structure_module.forward, model, attention)

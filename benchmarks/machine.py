@@ -1,5 +1,6 @@
 """The machine: what it is, and the rates that bound every implementation on it."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -13,17 +14,9 @@ import jax.numpy as jnp
 from benchmarks import memory
 
 _PACKAGES = (
-    "ipa_haiku",
-    "jax",
-    "jaxlib",
-    "dm-haiku",
-    "numpy",
-    "alphafold-colabfold",
-    "colabfold-kernels",
-    "torch",
-    "invariant-point-attention",
-    "transformers",
-)
+    "ipa_haiku", "jax", "jaxlib", "dm-haiku", "numpy", "alphafold-colabfold", "colabfold-kernels",
+    "torch", "invariant-point-attention", "transformers",
+)  # fmt: skip
 
 # Settings outside of the program that change how fast it is.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "LD_PRELOAD")
@@ -34,16 +27,17 @@ _REPEATS = 7  # of which the fastest counts: it is a bound that is looked for
 
 
 def describe(dtype: str) -> dict[str, Any]:
-    """The machine, what runs on it with which settings, and its measured rates.
+    """The "machine" of the results: what it is and runs, and its rates in GB/s and GFLOP/s.
 
     Args:
       dtype: in which products of matrices are measured.
-
-    Returns:
-      What the "machine" of the results is; rates in GB/s and GFLOP/s.
     """
     device = jax.devices()[0]
     total = memory.total_bytes()
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     size, num_rows = _CPU_SIZES if device.platform == "cpu" else _OTHER_SIZES
     return {
         "platform": device.platform,
@@ -53,19 +47,9 @@ def describe(dtype: str) -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "bandwidth_gb_s": _bandwidth(size) / 1e9,
         "matmul_gflop_s": _matmul_rate(num_rows, dtype) / 1e9,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)},
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _cpu_name() -> str:

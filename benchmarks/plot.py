@@ -16,11 +16,7 @@ _MARKERS = "osD^vP*X<>"
 
 
 def draw(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes the figure; the format is that of the file's name, see `check_format`.
-
-    Raises:
-      ValueError: if there is nothing to draw.
-    """
+    """Writes the figure; the format is that of the file's name, see `check_format`."""
     figure(results).savefig(path, dpi=150)
 
 

@@ -105,7 +105,7 @@ def _core(model: Model, n: int, dtype: jnp.dtype, key: jax.Array) -> Problem:
     weights["pair_weights"] /= model.pair_channel**0.5
     # The monomer's scale of squared distances (Suppl. Alg. 22, line 7) at softplus(w) = 1.
     weights["point_weights"] = jnp.full(ipa.num_head, (3 * ipa.num_point_qk * 4.5) ** -0.5)
-    return Problem(differentiable, {"mask": jnp.ones(n)}, target)
+    return Problem(differentiable, {"q_mask": jnp.ones(n), "k_mask": jnp.ones(n)}, target)
 
 
 def _normals(shapes: Any, key: jax.Array) -> Any:

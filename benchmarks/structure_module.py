@@ -29,12 +29,10 @@ def _config(model: Model) -> Any:
 
 
 def _transformed(model: Model) -> hk.Transformed:
-    def call(
-        representations: dict[str, jax.Array], batch: dict[str, jax.Array]
-    ) -> dict[str, jax.Array]:
+    def call(x: dict[str, Any]) -> dict[str, jax.Array]:
         output = folding.generate_affines(
-            representations=representations,
-            batch=batch,
+            representations={name: x[name] for name in ("single", "pair")},
+            batch={name: x[name] for name in ("seq_mask", "aatype")},
             config=_config(model),
             global_config=GLOBAL_CONFIG,
             is_training=False,
@@ -48,7 +46,7 @@ def _transformed(model: Model) -> hk.Transformed:
 def initial_parameters(model: Model, representations: dict[str, jax.Array]) -> hk.Params:
     """Parameters as AF2 initialises them, for the representations of one residue."""
     batch = {"seq_mask": jnp.ones(1), "aatype": jnp.zeros(1, jnp.int32)}
-    return _transformed(model).init(jax.random.key(0), representations, batch)
+    return _transformed(model).init(jax.random.key(0), representations | batch)
 
 
 def away_from_kinks(parameters: hk.Params) -> hk.Params:
@@ -70,8 +68,7 @@ def away_from_kinks(parameters: hk.Params) -> hk.Params:
 def forward(
     model: Model,
     attention: Callable[[], contextlib.AbstractContextManager[Any]],
-    differentiable: dict[str, Any],
-    constant: dict[str, Any],
+    x: dict[str, Any],
 ) -> dict[str, jax.Array]:
     """Runs AF2's structure module in the context `attention`, which may put another module in it.
 
@@ -79,8 +76,5 @@ def forward(
       The final activations "act" [N, num_channel] and the frames of all layers "affine"
       [num_layer, N, 7].
     """
-    representations = {name: differentiable[name] for name in ("single", "pair")}
     with attention():
-        return _transformed(model).apply(
-            differentiable["parameters"], None, representations, constant
-        )
+        return _transformed(model).apply(x["parameters"], None, x)

@@ -122,8 +122,9 @@ def test_pair_representations_that_are_no_array(sizes_of, make_core_inputs):
     factors = (jnp.asarray(rng.normal(size=(n, 2, channels)), jnp.float32) for n in (20, 18))
     inputs = inputs._replace(inputs_2d=FactorizedPair(*factors))
     sharding = RowSharding(make_mesh(), "rows")
-    # The gradient of a factor is a sum over channels of two such sums.
-    assert_close(core(sharding=sharding)(inputs), core()(inputs), tolerance=2 * TOLERANCE)
+    # One row is badly conditioned: against float64 its factor's gradient is off by 1.5e-6 on one
+    # device and in AF2's order, too, by up to 3.3e-6 on eight.
+    assert_close(core(sharding=sharding)(inputs), core()(inputs), tolerance=4 * TOLERANCE)
 
 
 @pytest.mark.parametrize(

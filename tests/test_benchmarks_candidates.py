@@ -73,7 +73,7 @@ def test_loss_is_the_squared_distance_in_float32():
 
 
 def test_gradient_is_that_of_the_loss_and_comes_with_its_value():
-    candidate = candidates.JaxCandidate("", "", lambda inputs, _: 3 * inputs["x"])
+    candidate = candidates.JaxCandidate("", "", lambda inputs: 3 * inputs["x"])
     problem = make_problem("core", TINY, 5, "float32", jax.random.key(0))
     x, target = problem.differentiable["q_scalar"], problem.target["scalar"][..., :1]
     problem = problem._replace(differentiable={"x": x}, target=target)

@@ -53,7 +53,7 @@ def test_machine_measures_its_rates(monkeypatch):
 # A world where all there is to compute is the double of x.
 
 
-DOUBLE = JaxCandidate("reference", "reference", lambda inputs, _: 2.0 * inputs["x"])
+DOUBLE = JaxCandidate("reference", "reference", lambda inputs: 2.0 * inputs["x"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def test_nothing_excuses_what_is_not_a_number(peer_that):
 
 
 def test_without_alphafold_the_reference_is_computed_for_its_error(peer_that, monkeypatch):
-    def rounded(inputs, _):
+    def rounded(inputs):
         x = inputs["x"]
         return x if x.dtype == np.float64 else jax.lax.reduce_precision(x, 8, 3)
 

@@ -127,3 +127,7 @@ def test_a_group_may_be_off_by_the_limit_or_by_a_few_times_alphafolds_error():
     assert checks.wrong_groups(errors, {}, 1e-3) == {"d": 1e-3}
     own = {"a": 1e-4, "b": 5e-5, "c": 0.0, "d": np.inf}
     assert checks.wrong_groups(errors, own, 1e-4) == pytest.approx({"b": 2e-4, "d": 1e-4})
+    # What could be a wrong formula is wrong, in AF2 as well.
+    own = {"a": 0.05, "b": 0.2}
+    assert checks.wrong_groups({"a": 0.09, "b": 0.09}, own, 1e-4) == {"b": 1e-4}
+    assert checks.wrong_groups({"a": 0.11, "b": 0.2}, own, 1e-4) == {"a": 0.1, "b": 1e-4}

@@ -16,6 +16,7 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from groups import assert_within_error_budget, rms
 
 from ipa_haiku import (
     InvariantPointAttention,
@@ -96,23 +97,6 @@ def draw(sizes_of, make_core_inputs):
         return inputs, tuple(cotangents)
 
     return draw
-
-
-def rms(x):
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-
-
-def assert_within_error_budget(fast, reference, exact):
-    """Errors are at most twice the reference's, or 2e-7 of the largest array of their group."""
-    failures = []
-    for group in exact:
-        floor = 2e-7 * max(rms(x) for x in jax.tree.leaves(exact[group]))
-        leaves = [jax.tree.leaves(tree[group]) for tree in (fast, reference, exact)]
-        for (path, _), x, y, z in zip(jax.tree.leaves_with_path(exact[group]), *leaves):
-            if not rms(x - z) <= max(2 * rms(y - z), floor):
-                name = jax.tree_util.keystr(path)
-                failures.append(f"{group}{name} {rms(x - z):.1e}, {rms(y - z):.1e}, {floor:.1e}")
-    assert not failures, "ours, reference's, floor:\n" + "\n".join(failures)
 
 
 CASES = {

@@ -1,8 +1,11 @@
 """The centre that coordinates are counted from, so that they lose no digits to their distance.
 
 No result depends on the centre but by rounding, as long as all points that see each other move by
-the very same numbers. It is a median, axis by axis: a coordinate that exists, so that its bits are
-the same in whatever order XLA goes over the residues, and one that no outlier moves.
+the very same numbers. It is the midhinge, axis by axis: halfway between two coordinates that exist,
+a quarter of the others below the one and a quarter above the other. So its bits are the same in
+whatever order XLA goes over the residues, no outlier moves it, and of two domains of one size that
+are far apart it is in the middle, where a median would be in one of them and twice as far from the
+other.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ def center(
     segment_ids: jax.Array | None = None,
     of_segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """Median of the unmasked points, or of those in the segment that each of M residues is in.
+    """Midhinge of the unmasked points, or of those in the segment that each of M residues is in.
 
     Segments may be far from each other; distances between them are never asked for.
 
@@ -38,16 +41,16 @@ def center(
         of_segment_ids = segment_ids[..., :1]
     elif of_segment_ids is None:
         of_segment_ids = segment_ids
-    find = _medians
+    find = _midhinges
     for _ in range(mask.ndim - 1):
         find = jax.vmap(find)
     return find(points, mask > 0, segment_ids, of_segment_ids)
 
 
-def _medians(
+def _midhinges(
     points: jax.Array, is_real: jax.Array, segment_ids: jax.Array, of_segment_ids: jax.Array
 ) -> jax.Array:
-    """Medians [M, 3] of points [N, 3] by segment."""
+    """Midhinges [M, 3] of points [N, 3] by segment."""
     # Axis by axis sorted by segment, in it the real ones first, those by coordinate.
     segments = jnp.broadcast_to(segment_ids, (3, *segment_ids.shape))
     is_masked = jnp.broadcast_to(~is_real, segments.shape)
@@ -60,8 +63,13 @@ def _medians(
     )
     real_before = jnp.pad(jnp.cumsum(~is_masked[0], dtype=jnp.int32), (1, 0))
     count = real_before[end] - real_before[first]
-    middle = jnp.minimum(first + jnp.maximum(count - 1, 0) // 2, points.shape[0] - 1)
-    return jnp.where(count > 0, sorted_points[:, middle], 0.0).T
+    last = jnp.maximum(count - 1, 0)
+    low, high = (
+        sorted_points[:, jnp.minimum(first + i, points.shape[0] - 1)]
+        for i in (last // 4, last - last // 4)
+    )
+    # Halved before the sum, which then does not overflow.
+    return jnp.where(count > 0, 0.5 * low + 0.5 * high, 0.0).T
 
 
 def centers_of(inputs: IPAInputs) -> tuple[jax.Array, jax.Array]:

@@ -91,7 +91,7 @@ def _no_kernels(options: Options, problem: _Problem) -> str | None:
 # gradient; kernels hold no rows of `inputs_2d`.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, _no_blocks, num_temporary=0, num_pair_rows=0),
-    "xla": Implementation(xla.attend, _no_weights, num_temporary=5, num_pair_rows=2),
+    "xla": Implementation(xla.attend, _no_weights, num_temporary=5, num_pair_rows=3),
     "pallas": Implementation(pallas_triton.attend, _no_kernels, num_temporary=2, num_pair_rows=0),
 }
 

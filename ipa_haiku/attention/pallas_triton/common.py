@@ -20,6 +20,7 @@ from ipa_haiku.attention.types import LogitScales
 
 # Mantissa bits of TF32, and of bfloat16 parts that together hold a float32.
 _TF32_BITS = 10
+_TF32_MASK = 0xFFFFE000
 _NUM_BFLOAT16_PARTS = 3
 
 
@@ -148,8 +149,13 @@ def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
 
 
 def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As Triton cuts float32 into TF32: the first part is rounded, of the second bits are cut off.
+
+    So what the two parts add up to has the same parts.
+    """
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_TF32_BITS)
-    return high, jax.lax.reduce_precision(x - high, exponent_bits=8, mantissa_bits=_TF32_BITS)
+    low = jax.lax.bitcast_convert_type(x - high, jnp.uint32) & jnp.uint32(_TF32_MASK)
+    return high, jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 # --- padding -------------------------------------------------------------------------------------

@@ -107,30 +107,26 @@ def _gradients(
     delta = jnp.sum(attention * dattention, axis=-1, keepdims=True)
     dlogits = static.scales.total * attention * (dattention - delta)
 
-    dvalue = cotangent.value / softmax.total.T[..., None]
     dq_side, dk_side = _side_gradients(static, q, k, weights, dlogits)
-    dq, dk, dpair_weights = _pair_gradients(static, q, k, weights, softmax, dlogits, cotangent.pair)
+    dq, dk, dpair_weights = _pair_gradients(
+        static, q, k, weights, attention, dlogits, cotangent.pair
+    )
     return (
         dq._replace(side=dq_side),
         dk._replace(
             side=dk_side,
-            value=_sum_over_keys(jnp.swapaxes(softmax.weights, 1, 2), dvalue),
+            value=jnp.einsum("hqk,qhc->khc", attention, cotangent.value, precision=HIGHEST),
         ),
         Weights(_point_weights_gradient(q, k, dlogits), dpair_weights),
     )
-
-
-def _sum_over_keys(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """weights [H, q, k] times x [k, H, c], as [q, H, c]."""
-    return jnp.swapaxes(cpu.sum_over_keys(weights, jnp.swapaxes(x, 0, 1), HIGHEST), 0, 1)
 
 
 def _side_gradients(
     static: Static, q: Queries, k: Keys, weights: Weights, dlogits: jax.Array
 ) -> tuple[Side, Side]:
     """Gradients of what queries and keys put into the logits beside the pair term."""
-    sums_q = _sum_over_keys(dlogits, summands(k.side))
-    sums_k = _sum_over_keys(jnp.swapaxes(dlogits, 1, 2), summands(q.side))
+    sums_q = jnp.einsum("hqk,khc->qhc", dlogits, summands(k.side), precision=HIGHEST)
+    sums_k = jnp.einsum("hqk,qhc->khc", dlogits, summands(q.side), precision=HIGHEST)
     return (
         side_gradients(static.scales, q.side, sums_q, weights.point),
         side_gradients(static.scales, k.side, sums_k, weights.point),
@@ -161,7 +157,7 @@ def _pair_gradients(
     q: Queries,
     k: Keys,
     weights: Weights,
-    softmax: Softmax,
+    attention: jax.Array,
     dlogits: jax.Array,
     dpair: jax.Array,
 ) -> tuple[Queries, Keys, Any]:
@@ -173,11 +169,10 @@ def _pair_gradients(
     sums = pair_sums(static, dlogits, q, k, weights)  # [q, H, f]
     if q.pair_weights is not None:  # the features of a key are the same for all queries
         dfeatures = jnp.einsum("hqk,qhf->kf", dlogits, q.pair_weights, precision=static.precision)
-        dpair = dpair / softmax.total.T[..., None]
-        dfeatures += jnp.einsum("hqk,qhf->kf", softmax.weights, dpair, precision=static.precision)
+        dfeatures += jnp.einsum("hqk,qhf->kf", attention, dpair, precision=static.precision)
         return dq._replace(pair_weights=sums), dk._replace(pair=dfeatures), None
     if k.pair is None:
-        dq = dq._replace(pair_rows=_dinputs_2d(static, q, k, weights, softmax, dlogits, dpair))
+        dq = dq._replace(pair_rows=_dinputs_2d(static, q, k, weights, attention, dlogits, dpair))
     return dq, dk, jnp.sum(sums, axis=0)
 
 
@@ -186,7 +181,7 @@ def _dinputs_2d(
     q: Queries,
     k: Keys,
     weights: Weights,
-    softmax: Softmax,
+    attention: jax.Array,
     dlogits: jax.Array,
     dpair: jax.Array,
 ) -> jax.Array:
@@ -194,11 +189,10 @@ def _dinputs_2d(
 
     sum_h attention_hqk dpair_qhf + dlogits_hqk weights_hf
     """
-    dpair = dpair / softmax.total.T[..., None]
     right = jnp.concatenate([dpair, jnp.broadcast_to(weights.pair, dpair.shape)], axis=1)
 
     def compute(start: jax.Array | int, size: int) -> jax.Array:
-        rows = [take(x, start, size, axis=1) for x in (softmax.weights, dlogits)]
+        rows = [take(x, start, size, axis=1) for x in (attention, dlogits)]
         left = jnp.swapaxes(jnp.concatenate(rows), 0, 1)  # [q, 2H, Nk]
         right_rows = take(right, start, size)
         dinputs_2d = jnp.einsum("qgk,qgf->qkf", left, right_rows, precision=static.precision)
