@@ -26,8 +26,8 @@ _LIMIT_FAST_FLOAT32 = 5e-2
 # bfloat16 rounds to 4e-3, inputs excluded: float64 gets the rounded ones, too.
 _LIMIT_BFLOAT16 = 1e-1
 
-# How many times AF2's own error others may have: two computations of one accuracy differ by a factor
-# of 3 in their largest error. An error that could be a wrong formula's nothing excuses.
+# How many times AF2's own error others may have: the largest errors of two computations of one
+# accuracy differ by a factor of 3. An error that could be a wrong formula's nothing excuses.
 TIMES_OWN_ERROR = 4.0
 _WRONG_FORMULA = 0.1
 

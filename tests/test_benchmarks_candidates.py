@@ -65,11 +65,12 @@ def test_problems_hold_no_zeros_and_are_fresh():
 
 
 def test_loss_is_the_squared_distance_in_float32():
-    output = {"a": jnp.array([1.0, 2.0], jnp.bfloat16), "b": jnp.array([[1e-3]])}
+    x = 1 + 2**-7  # the last digit of bfloat16
+    output = {"a": jnp.array([x, 2.0], jnp.bfloat16), "b": jnp.array([[1e-3]])}
     target = {"a": jnp.array([0.0, 4.0], jnp.bfloat16), "b": jnp.array([[0.0]])}
     loss = squared_distance(output, target)
     assert loss.dtype == np.float32
-    assert loss == pytest.approx(5 + 1e-6, rel=1e-7)
+    assert loss == pytest.approx(x**2 + 4 + 1e-6, rel=1e-7)
 
 
 def test_gradient_is_that_of_the_loss_and_comes_with_its_value():

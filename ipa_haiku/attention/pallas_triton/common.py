@@ -185,7 +185,7 @@ def tile_mask(
 
 def is_inside(i: jax.Array | int, block: int, size: int) -> jax.Array:
     """Which elements of block i of an axis there are."""
-    return i * block + jnp.arange(block) < size
+    return i * block + jnp.arange(block, dtype=jnp.int32) < size
 
 
 # --- query rows in blocks ------------------------------------------------------------------------

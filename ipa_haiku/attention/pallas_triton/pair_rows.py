@@ -270,7 +270,7 @@ def _backward_kernel(
     pair = plgpu.load(pair.at[:, :], mask=of_channels, other=0.0)
     # The same products as those it is subtracted from.
     by_head = dot(config, dpair, pair, trans_b=True)
-    head = jnp.arange(heads)
+    head = jnp.arange(heads, dtype=jnp.int32)
     delta_pair = jnp.sum(jnp.where(head[:, None] == head[None, :], by_head, 0.0), axis=1)
     delta = per_head(delta)
 
