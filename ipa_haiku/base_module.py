@@ -154,10 +154,13 @@ class BaseInvariantPointAttention(hk.Module):
         """
         # Differences of float16 coordinates may be infinite.
         rotation, translation = (x.astype(wide_dtype(x)) for x in (rotation, translation))
-        sharding = self._options.sharding
-        if sharding is not None and segment_ids is not None:
-            segment_ids = sharding.on_every_device(segment_ids)
-        return rotation, translation - centering.center(translation, mask, segment_ids)
+        points, sharding = jax.lax.stop_gradient(translation), self._options.sharding
+        if sharding is not None:
+            points = sharding.on_every_device(points, "... N 3")
+            mask = sharding.on_every_device(mask, "... N")
+            if segment_ids is not None:
+                segment_ids = sharding.on_every_device(segment_ids, "... N")
+        return rotation, translation - centering.center(points, mask, segment_ids)
 
     def _global_points(
         self, frames: QuatAffine, local: Sequence[Sequence[jax.Array]]

@@ -1,5 +1,7 @@
 """Every implementation lowers for GPU and TPU on a machine that has neither."""
 
+import contextlib
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -49,26 +51,62 @@ def test_lowers_for(platform, implementation, query_block):
     assert "HIGHEST" in text
 
 
-def pretend(kind, platform):
-    """A context in which programs are lowered for a device that need not be there."""
+def pretend(kind, platform, **axes):
+    """A context in which programs are lowered for devices that are not there, and their mesh."""
     device = jax.sharding.AbstractDevice(kind, None, platform)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh), mesh
 
 
-# The forward pass has 4 kernels, the gradient 5, or 6 where it computes the logits anew.
-@pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 9), (32, 10)])
-def test_kernels_are_the_default_on_an_nvidia_gpu(query_block, num_kernel):
-    with pretend("NVIDIA H200", "cuda"):
+def count_kernels(fn, shapes):
+    checks = [jax.export.DisabledSafetyCheck.custom_call(TRITON)]
+    exported = jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=checks)(*shapes)
+    return exported.mlir_module().count(TRITON)
+
+
+# The forward pass has 3 kernels, the gradient 5, and 2 more where it computes the logits anew.
+BLOCKS = pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 8), (32, 10)])
+
+
+@BLOCKS
+@pytest.mark.parametrize("x64", [False, True])
+def test_kernels_are_the_default_on_an_nvidia_gpu(query_block, num_kernel, x64):
+    with pretend("NVIDIA H200", "cuda")[0]:
         apply, shapes = loss(None, query_block)
-        gradient = jax.jit(jax.grad(apply, argnums=(0, 1, 2, 4)))
-        checks = [jax.export.DisabledSafetyCheck.custom_call(TRITON)]
-        exported = jax.export.export(gradient, platforms=["cuda"], disabled_checks=checks)(*shapes)
-    assert exported.mlir_module().count(TRITON) == num_kernel
+        with jax.enable_x64(True) if x64 else contextlib.nullcontext():
+            assert count_kernels(jax.grad(apply, argnums=(0, 1, 2, 4)), shapes) == num_kernel
+
+
+@BLOCKS
+def test_kernels_lower_inside_of_shard_map(query_block, num_kernel):
+    context, mesh = pretend("NVIDIA H200", "cuda", data=2)
+    with context:
+        apply, (parameters, *shapes) = loss("pallas", query_block)
+    by_protein = jax.P("data")
+
+    def gradient(parameters, *arrays):
+        def mean(*arguments):
+            return jax.lax.pmean(jnp.mean(jax.vmap(apply, (None, 0, 0, 0, 0))(*arguments)), "data")
+
+        return jax.grad(mean, argnums=(0, 1, 2, 4))(parameters, *arrays)
+
+    shapes = [
+        jax.ShapeDtypeStruct(
+            (4, *x.shape), x.dtype, sharding=jax.sharding.NamedSharding(mesh, by_protein)
+        )
+        for x in shapes
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        mapped = jax.shard_map(
+            gradient, mesh=mesh, in_specs=(jax.P(), *[by_protein] * 4),
+            out_specs=(jax.P(), *[by_protein] * 3),
+        )  # fmt: skip
+        assert count_kernels(mapped, (parameters, *shapes)) == num_kernel
 
 
 def test_kernels_do_not_lower_for_tpu():
     with (
-        pretend("TPU v5 lite", "tpu"),
+        pretend("TPU v5 lite", "tpu")[0],
         pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, and the device is a tpu"),
     ):
         loss("pallas")

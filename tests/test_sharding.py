@@ -96,7 +96,7 @@ def test_the_readmes_example_in_two_processes():
 
 def test_memory_budget_is_that_of_a_device():
     shape, budget = (2, 12, 400, 400), 5 * 4 * 12 * 400 * 100
-    block = budget // (2 * 4 * 400 * (5 * 12 + 2 * 128))  # for both proteins
+    block = budget // (2 * 4 * 400 * (5 * 12 + 3 * 128))  # for both proteins
     assert select_implementation(shape, memory_budget=budget).query_block == block
     sharding = RowSharding(MESH, "rows", "data")
     assert select_implementation(shape, memory_budget=budget, sharding=sharding).query_block is None

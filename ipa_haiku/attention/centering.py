@@ -58,8 +58,10 @@ def _midhinges(
         (segments, is_masked, points.T), dimension=1, num_keys=3
     )
     segments = segments[0]
+    # By comparing each with each: a bisection cannot be sharded, and nothing of N * M is written.
     first, end = (
-        jnp.searchsorted(segments, of_segment_ids, side=side) for side in ("left", "right")
+        jnp.searchsorted(segments, of_segment_ids, side=side, method="compare_all")
+        for side in ("left", "right")
     )
     real_before = jnp.pad(jnp.cumsum(~is_masked[0], dtype=jnp.int32), (1, 0))
     count = real_before[end] - real_before[first]

@@ -119,9 +119,9 @@ class RowSharding:
             **{k: jax.tree.map(lambda x, k=k: unpad(x, _OUTPUT_AXES[k]), v) for k, v in fields}
         )
 
-    def on_every_device(self, x: jax.Array) -> jax.Array:
-        """An array [..., N] with all N on every device of `row_axis`."""
-        return self._place(x, self._spec("... N", x.ndim - 1))
+    def on_every_device(self, x: jax.Array, axes: str) -> jax.Array:
+        """An array with such axes, "... N" or "... N 3", all N on every device of `row_axis`."""
+        return self._place(x, self._spec(axes, x.ndim - len(axes.split()) + 1))
 
     def _spec(self, axes: str, num_batch: int, sharded_rows: bool = True) -> PartitionSpec:
         """How an array with such axes, as in the comments of `IPAInputs`, is sharded."""

@@ -83,7 +83,7 @@ def _layout(x: Arrays, block: int) -> tuple[_Sizes, _Specs, jax.Array]:
     def whole(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda _: (0,) * len(shape))
 
-    of_heads = pl.BlockSpec((None, heads), lambda i: (i, 0))
+    of_heads: Any = pl.BlockSpec((None, heads), lambda i: (i, 0))
     of_softmax: Any = Softmax(of_heads, of_heads)
     specs = _Specs(
         start=whole(1),
@@ -207,8 +207,11 @@ def pair_gradients(
 ) -> PairGradients:
     """Completes the gradient of logits, of the rows from `start` [1] on.
 
-    dlogits = total * attention * (dattention - delta + dpair z - delta_pair): where a query attends
-    to one key alone, each of the two differences is one of equal numbers.
+    dlogits = total * attention * ((dattention - delta) + (dpair z - delta_pair)): where a query
+    attends to one key alone, each of the two differences is one of equal numbers. delta_pair comes
+    from outputs, as `inputs_2d` is read once; it has a rounding of its own, which is removed in the
+    end: sums over keys are zero, and what they are not is taken away from each in proportion to
+    its attention.
 
     Args:
       static: scales and tunables.
@@ -265,20 +268,24 @@ def _backward_kernel(
     def per_head(ref: Any) -> jax.Array:
         return plgpu.load(ref.at[:], mask=is_head, other=0.0)
 
-    statistics = Softmax(*(per_head(ref) for ref in softmax))
-    dpair = plgpu.load(dpair.at[:, :], mask=of_channels, other=0.0)
-    pair = plgpu.load(pair.at[:, :], mask=of_channels, other=0.0)
-    # The same products as those it is subtracted from.
-    by_head = dot(config, dpair, pair, trans_b=True)
-    head = jnp.arange(heads, dtype=jnp.int32)
-    delta_pair = jnp.sum(jnp.where(head[:, None] == head[None, :], by_head, 0.0), axis=1)
-    delta = per_head(delta)
+    def per_head_channel(ref: Any) -> jax.Array:
+        return plgpu.load(ref.at[:, :], mask=of_channels, other=0.0)
 
-    def add_block(b: jax.Array, dpair_weights: jax.Array) -> jax.Array:
+    def attention(columns: Any, mask: jax.Array) -> jax.Array:
+        return attention_of(
+            plgpu.load(logits.at[:, columns], mask=mask, other=-jnp.inf), statistics
+        )
+
+    statistics = Softmax(*(per_head(ref) for ref in softmax))
+    delta, dpair = per_head(delta), per_head_channel(dpair)
+    # The same products as those that it is subtracted from.
+    by_head = dot(config, dpair, per_head_channel(pair), trans_b=True)
+    head = jnp.arange(heads)
+    delta_pair = jnp.sum(jnp.where(head[:, None] == head[None, :], by_head, 0.0), axis=1)
+
+    def add_block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple:
         columns, mask = pl.ds(b * sizes.block, sizes.block), sizes.row_mask(heads, b)
-        z_block = _load_pair(z, row, b, sizes)
-        scores = plgpu.load(logits.at[:, columns], mask=mask, other=-jnp.inf)
-        weights = attention_of(scores, statistics)
+        z_block, weights = _load_pair(z, row, b, sizes), attention(columns, mask)
         from_values = plgpu.load(dattention.at[:, columns], mask=mask, other=0.0) - delta[:, None]
         from_pair = dot(config, dpair, z_block, trans_b=True) - delta_pair[:, None]
         dlogits = scales.total * weights * (from_values + from_pair)
@@ -291,8 +298,19 @@ def _backward_kernel(
             dz.astype(z_block.dtype),
             mask=inside[:, None] & is_channel[None, :],
         )
-        return dpair_weights + dot(config, dlogits, z_block)
+        return state[0] + dot(config, dlogits, z_block), state[1] + dlogits
 
-    zeros = jnp.zeros((heads, channels), jnp.float32)
-    dpair_weights = jax.lax.fori_loop(0, sizes.num_block, add_block, zeros)
+    def remove_mean(b: jax.Array, _: None) -> None:
+        columns, mask = pl.ds(b * sizes.block, sizes.block), sizes.row_mask(heads, b)
+        dlogits = plgpu.load(dlogits_out.at[:, columns], mask=mask, other=0.0)
+        dlogits = dlogits - attention(columns, mask) * mean[:, None]
+        plgpu.store(dlogits_out.at[:, columns], dlogits, mask=mask)
+
+    zeros = jnp.zeros((heads, channels), jnp.float32), jnp.zeros((heads, sizes.block), jnp.float32)
+    dpair_weights, sums = jax.lax.fori_loop(0, sizes.num_block, add_block, zeros)
+    mean = jnp.sum(sums, axis=1)
+    if not config.interpret:
+        plgpu.debug_barrier()  # threads may load what others have stored
+    jax.lax.fori_loop(0, sizes.num_block, remove_mean, None)
+    dpair_weights = dpair_weights - mean[:, None] * per_head_channel(pair)
     plgpu.store(dpair_weights_out.at[:, :], scales.pair * dpair_weights, mask=of_channels)
