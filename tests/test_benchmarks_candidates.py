@@ -34,14 +34,15 @@ BEFORE_RELU = ("transition", "transition_1")  # in AF2's structure module
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Times to compile are tested in `test_benchmarks_run.py`."""
+def quick_to_compile():
+    """Once, and with few of XLA's optimisations; times to compile are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "_MAX_COMPILE", 1)
         patch.setattr(jax, "clear_caches", lambda: None)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of what others in this process would otherwise run
 
 
 def _run(**fields):
