@@ -280,7 +280,7 @@ def _backward_kernel(
     delta, dpair = per_head(delta), per_head_channel(dpair)
     # The same products as those that it is subtracted from.
     by_head = dot(config, dpair, per_head_channel(pair), trans_b=True)
-    head = jnp.arange(heads)
+    head = jnp.arange(heads, dtype=jnp.int32)
     delta_pair = jnp.sum(jnp.where(head[:, None] == head[None, :], by_head, 0.0), axis=1)
 
     def add_block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple:
