@@ -1,7 +1,15 @@
-"""The error budget of results in groups, such as outputs, gradients and gradients of masks."""
+"""The error budget of results in groups, outputs and gradients."""
 
 import jax
 import numpy as np
+
+from ipa_haiku.attention.logits import MASK_PENALTY
+
+
+def in_logits(gradients):
+    """Gradients by name, those of masks in units of the logits, comparable to the others."""
+    is_mask = {"q_mask", "k_mask"}
+    return {k: x / MASK_PENALTY if k in is_mask else x for k, x in gradients.items()}
 
 
 def rms(x):

@@ -16,7 +16,7 @@ import jax.experimental.pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from groups import assert_within_error_budget, rms
+from groups import assert_within_error_budget, in_logits, rms
 
 from ipa_haiku import (
     InvariantPointAttention,
@@ -29,7 +29,9 @@ from ipa_haiku import (
     select_implementation,
 )
 from ipa_haiku.attention.pallas_triton import core, device
+from ipa_haiku.attention.pallas_triton.common import Softmax
 from ipa_haiku.attention.pallas_triton.config import heuristic
+from ipa_haiku.attention.pallas_triton.sums import sum_over_keys
 
 SCALES = LogitScales(scalar=(1 / 16) ** 0.5, pair=1.0, total=(1 / 3) ** 0.5)
 INTERPRET = KernelConfig(forward_block=16, backward_block=16, tile=16, interpret=True)
@@ -64,15 +66,13 @@ def _outputs_and_gradients(options):
     def run(inputs, cotangents):
         outputs, pull_back = jax.vjp(lambda x: attend(x, **dict(options)), inputs)
         (gradients,) = pull_back(tuple(c.astype(x.dtype) for c, x in zip(cotangents, outputs)))
-        gradients = gradients._asdict()
-        masks = {name: gradients.pop(name) for name in ("q_mask", "k_mask")}
-        return {"outputs": outputs, "gradients": gradients, "masks": masks}
+        return {"outputs": outputs, "gradients": in_logits(gradients._asdict())}
 
     return run
 
 
 def outputs_and_gradients(draws, float64=False, **options):
-    """Outputs, gradients and those of masks, of all draws of inputs and cotangents, stacked."""
+    """Those of all draws of inputs and cotangents, stacked."""
     run = _outputs_and_gradients(tuple(options.items()))
     with jax.enable_x64(float64):
         if float64:
@@ -132,7 +132,7 @@ def test_soft_masks_have_af2s_gradient(options, draw):
         }
         draws.append((inputs._replace(**masks), cotangents))
     exact = outputs_and_gradients(draws, float64=True, **REFERENCE)
-    assert rms(exact["masks"]["k_mask"]) > rms(exact["gradients"]["inputs_2d"])
+    assert rms(exact["gradients"]["k_mask"]) > rms(exact["gradients"]["inputs_2d"])
     assert_within_error_budget(
         outputs_and_gradients(draws, **options), outputs_and_gradients(draws, **REFERENCE), exact
     )
@@ -144,6 +144,23 @@ def test_gradients_vanish_where_each_query_sees_one_key(options, draw):
     largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(actual))
     for name in ("q_scalar", "k_scalar", "q_point", "k_point", "pair_weights", "point_weights"):
         assert np.max(np.abs(actual[name])) <= 1e-7 * largest, name
+
+
+@BOTH
+def test_what_shifts_all_logits_of_a_row_has_no_gradient(options, draw):
+    draws = []
+    for seed in range(10):
+        inputs, cotangents = draw(seed, points="domains")
+        constant = inputs.inputs_2d.at[..., 0].set(1.0)
+        draws.append((inputs._replace(inputs_2d=constant), cotangents))
+    actual, reference = (outputs_and_gradients(draws, **x) for x in (options, REFERENCE))
+    # All are exactly zero. What the kernels' sums over keys are not, they take away.
+    ours, theirs = (
+        (x["gradients"]["pair_weights"][:, 0], x["gradients"]["q_mask"])
+        for x in (actual, reference)
+    )
+    assert all(rms(x) < 0.1 * rms(y) for x, y in zip(ours, theirs))
+    assert not np.any(actual["gradients"]["pair_bias"])
 
 
 @BOTH
@@ -167,7 +184,7 @@ def test_two_runs_give_the_same_bits(draw):
 @pytest.mark.slow
 def test_blocks_of_rows_change_nothing_but_rounding(draw):
     whole, blocks = (outputs_and_gradients([draw(0)], **x) for x in (WHOLE, IN_BLOCKS))
-    del whole["masks"], blocks["masks"]  # those of queries are rounding alone
+    del whole["gradients"]["q_mask"], blocks["gradients"]["q_mask"]  # rounding alone
 
     # Sums over rows have another order. What is exactly zero is zero in both.
     def assert_close(x, y):
@@ -176,8 +193,14 @@ def test_blocks_of_rows_change_nothing_but_rounding(draw):
     jax.tree.map(assert_close, blocks, whole)
 
 
-def test_the_pair_bias_has_a_zero_gradient(draw):
-    assert not np.any(outputs_and_gradients([draw(0)], **IN_BLOCKS)["gradients"]["pair_bias"])
+def test_values_of_the_only_key_keep_all_bits():
+    own, num_head = np.arange(NUM_QUERY), 2
+    logits = np.full((NUM_QUERY, num_head, NUM_KEY), -1e3, np.float32)
+    logits[own, :, own] = 0.0
+    values = np.random.default_rng(0).normal(size=(NUM_KEY, num_head, 9)).astype(np.float32)
+    softmax = Softmax(np.zeros(logits.shape[:2], np.float32), np.ones(logits.shape[:2], np.float32))
+    result = jax.jit(functools.partial(sum_over_keys, INTERPRET))(logits, values, softmax)
+    np.testing.assert_array_equal(result, values[:NUM_QUERY])
 
 
 @pytest.mark.parametrize(

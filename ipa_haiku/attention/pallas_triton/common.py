@@ -18,9 +18,11 @@ from ipa_haiku.attention.logits import Side
 from ipa_haiku.attention.pallas_triton.config import LEAST_BLOCK, KernelConfig
 from ipa_haiku.attention.types import LogitScales
 
-# Mantissa bits of TF32, and of bfloat16 parts that together hold a float32.
+# Mantissa bits of TF32; the bits of a float32 that it keeps, and two of it; and how many bfloat16
+# parts hold a float32.
 _TF32_BITS = 10
 _TF32_MASK = 0xFFFFE000
+_TWO_TF32_MASK = 0xFFFFFFFC
 _NUM_BFLOAT16_PARTS = 3
 
 
@@ -137,6 +139,25 @@ def dot(
     return exact(a_low, b_high) + exact(a_high, b_low) + exact(a_high, b_high)
 
 
+def dot_with_all_bits(config: KernelConfig, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`dot` of float32 by one more product, with which no bit of `b` is dropped.
+
+    It is for coordinates of a residue far from others, to which its own attention is 1.
+    """
+    kept = _with_bits(b, _TWO_TF32_MASK)
+    rest = b - kept
+    if config.interpret:
+        more = jax.lax.dot(_tf32_parts(a)[0], rest, precision=jax.lax.Precision.HIGHEST)
+    else:
+        more = jax.lax.dot(
+            a,
+            rest,
+            precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
+            preferred_element_type=jnp.float32,
+        )
+    return more + dot(config, a, kept)
+
+
 def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
     """bfloat16 arrays, largest first, whose sum is `x`."""
     if x.dtype == jnp.bfloat16:
@@ -154,8 +175,13 @@ def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     So what the two parts add up to has the same parts.
     """
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_TF32_BITS)
-    low = jax.lax.bitcast_convert_type(x - high, jnp.uint32) & jnp.uint32(_TF32_MASK)
-    return high, jax.lax.bitcast_convert_type(low, jnp.float32)
+    return high, _with_bits(x - high, _TF32_MASK)
+
+
+def _with_bits(x: jax.Array, mask: int) -> jax.Array:
+    """float32 numbers without the bits that are not in `mask`."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(mask)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 # --- padding -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ipa_haiku.attention.pallas_triton.common import (
     attention_of,
     call,
     dot,
+    dot_with_all_bits,
     float32,
     tile_mask,
 )
@@ -95,7 +96,7 @@ def _sum_over_keys_kernel(
         part = plgpu.load(logits.at[:, block], mask=sizes.mask(i, b), other=-jnp.inf)
         part = attention_of(part, Softmax(*(x[...] for x in softmax)))
         value = load_channels(values, block, sizes.depth)
-        return total + dot(config, part, value)
+        return total + dot_with_all_bits(config, part, value)
 
     zeros = jnp.zeros(sums_out.shape, jnp.float32)
     total = jax.lax.fori_loop(0, sizes.num_tile(sizes.num_key), add_block, zeros)
