@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ipa_haiku import IPAConfig
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
+from ipa_haiku.config import read_toml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -37,7 +37,7 @@ class Model:
         return "alphafold" if self.variant == "monomer" else "alphafold_multimer"
 
     @classmethod
-    def from_name(cls, name: str) -> Self:
+    def from_name(cls, name: str) -> "Model":
         """Reads `configs/<name>.toml`.
 
         Raises:
@@ -47,7 +47,7 @@ class Model:
         if name not in known:
             raise ValueError(f"model: unknown {name!r}, known are {', '.join(known)}.")
         path = CONFIGS / f"{name}.toml"
-        return cls(name, IPAConfig.from_toml(path), **tomllib.loads(path.read_text())["model"])
+        return cls(name, IPAConfig.from_toml(path), **read_toml(path)["model"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +125,14 @@ class Bench:
         return dataclasses.replace(Model.from_name(self.model), pair_rank=self.pair_rank)
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
+    def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> "Bench":
         """Reads the `[bench]` table of a file, replacing what `overrides` gives.
 
         Raises:
           OSError: if the file cannot be read.
           ValueError: if the file or an override says something of no use, naming it.
         """
-        with open(path, "rb") as file:
-            try:
-                table = tomllib.load(file).get("bench")
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{os.fspath(path)} is not TOML: {error}") from error
+        table = read_toml(path).get("bench")
         if table is None:
             raise ValueError(f"{os.fspath(path)} has no [bench] table.")
         unknown = sorted(table.keys() - {field.name for field in dataclasses.fields(cls)})

@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks import memory
 from benchmarks.candidates import Groups, JaxCandidate
 from benchmarks.problems import Problem
+from ipa_haiku.jax_versions import enable_x64
 
 # Errors beyond which a result is called wrong. A dropped factor or a swapped axis is off by 0.1 or
 # more, whatever the arithmetic; below that, the limits are loose on purpose: they are to catch
@@ -62,7 +63,7 @@ def float64_result(reference: JaxCandidate, problem: Problem, mode: str) -> Grou
     device = jax.devices()[0]
     if device.platform == "tpu":  # which has no float64
         device = jax.devices("cpu")[0]
-    with jax.enable_x64(True), jax.default_device(device):
+    with enable_x64(True), jax.default_device(device):
         return float32_result(reference, jax.device_put(to_float64(problem), device), mode)
 
 

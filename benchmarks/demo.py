@@ -14,6 +14,7 @@ from benchmarks.peers import Checkouts, load_peer
 from benchmarks.problems import Problem, make_problem
 from benchmarks.structure import Backbone
 from ipa_haiku import QuatAffine
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.testing import random_motion
 
 DISTANCES = (0.0, 10.0, 1_000.0, 10_000.0)  # Å
@@ -37,7 +38,7 @@ def run(backbone: Backbone, model: Model, seed: int) -> dict[str, Any]:
     """
     n = len(backbone.ca)
     problem = make_problem("module", model, n, "float32", jax.random.key(seed))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         still, *moved = (np.asarray(x) for x in _frames(backbone, model, seed))
 
     results = _results(model, problem)
@@ -87,7 +88,7 @@ def _results(model: Model, problem: Problem) -> Callable[[np.ndarray], dict[str,
     alphafold = _compile(peer, problem) if isinstance(peer, JaxCandidate) else None
 
     def results(affine: np.ndarray) -> dict[str, Any]:
-        with jax.enable_x64(True):
+        with enable_x64(True):
             exact = in_float64(checks.to_float64(_moved(problem, affine)))["output"]
         output, attention = reference(affine)
         found = {"attention": attention.weights, "output": default(affine), "rounding": exact}

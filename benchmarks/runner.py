@@ -127,7 +127,7 @@ class Runner:
         self._bench = bench
         self._model = bench.sized_model()
         self._is_cpu = machine["platform"] == "cpu"
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         settings = dataclasses.asdict(bench)
         self.results = Results(date=now, machine=machine, settings=settings, loss=problems.LOSS)
         self._field = {what: self._load(what, checkouts) for what in bench.what}

@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import tomllib
-from typing import Any, Self
+import sys
+from typing import Any
 
 from ipa_haiku.checks import positive_integer
 
@@ -49,15 +49,14 @@ class IPAConfig:
             object.__setattr__(self, name, size)
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
+    def from_toml(cls, path: str | os.PathLike[str]) -> "IPAConfig":
         """Reads the `[ipa]` table of a TOML file such as those in `configs/`.
 
         Raises:
           ValueError: if the table is missing, a size in it is unknown, missing or not a positive
             integer, naming the file.
         """
-        with open(path, "rb") as file:
-            table = tomllib.load(file).get("ipa")
+        table = read_toml(path).get("ipa")
         if table is None:
             raise ValueError(f"{os.fspath(path)} has no [ipa] table.")
         if table.keys() != set(_SIZES):
@@ -70,6 +69,25 @@ class IPAConfig:
             return cls(**table)
         except ValueError as error:
             raise ValueError(f"[ipa] in {os.fspath(path)}: {error}") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: if it is not TOML, naming it.
+      ModuleNotFoundError: on Python 3.10 without the package tomli.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    with open(path, "rb") as file:
+        try:
+            return tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{os.fspath(path)} is not TOML: {error}") from error
 
 
 def as_config(config: Any) -> IPAConfig:

@@ -3,7 +3,6 @@
 `jax_numpy_dtype_promotion` stays "standard": AF2's own code, which runs beside ours, needs it.
 """
 
-import tomllib
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import pytest
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
 from ipa_haiku.attention.types import IPAInputs
+from ipa_haiku.config import read_toml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -36,7 +36,7 @@ class ModuleInputs(NamedTuple):
 
 def _read_sizes(name):
     path = CONFIGS / f"{name}.toml"
-    model = tomllib.loads(path.read_text())["model"]
+    model = read_toml(path)["model"]
     return Sizes(IPAConfig.from_toml(path), model["single_channel"], model["pair_channel"])
 
 

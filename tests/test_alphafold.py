@@ -24,6 +24,7 @@ from implementations import ANYWHERE
 import ipa_haiku
 import ipa_haiku.folding_multimer
 from ipa_haiku.alphafold import use_in_alphafold
+from ipa_haiku.jax_versions import enable_x64
 
 FAST = [name for name in ANYWHERE if name != "reference"]
 AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
@@ -152,7 +153,7 @@ def fold(request):
         if float64:
             # What JAX keeps of float32 runs does not fit AF2's tables of integers, and vice versa.
             jax.clear_caches()
-            with jax.enable_x64(True), af2_geometry_in_float64():
+            with enable_x64(True), af2_geometry_in_float64():
                 result = run(as_float64(draws))
             jax.clear_caches()
             return result

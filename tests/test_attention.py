@@ -18,6 +18,7 @@ import pytest
 from ipa_haiku import KernelConfig, LogitScales, invariant_point_attention
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
 from ipa_haiku.attention.types import IPAInputs, IPAOutput
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)
@@ -66,15 +67,14 @@ CASES = {
 }
 
 
-# Kernels apart, they compile what others do, but for sizes and another half precision.
-SLOW_CASES = ("more_than_a_block", "float16")
+# They compile what others do, but for sizes and another half precision.
+SLOW_CASES = ("more_than_a_block", "float16", "batches", "af2_sizes", "one", "one_query")
 
 # What kernels are tested with by default: all that is like "prime" is one compilation.
 PALLAS_CASES = [
     case
     for name, case in CASES.items()
     if case._replace(mask="full", masked_rows=False, points="chain") == CASES["prime"]
-    or name in ("batches", "bfloat16")
 ]
 
 
@@ -140,7 +140,7 @@ def compute(sizes_of, make_core_inputs):
     def compute(case: Case, options: tuple[tuple[str, Any], ...], float64: bool = False):
         draws = [draw(case, seed) for seed in range(-(-NUM_RESIDUES // case.num_query))]
         fn = value_and_gradients(options, case.scales)
-        with jax.enable_x64(float64):
+        with enable_x64(float64):
             if float64:
                 draws = jax.tree.map(lambda x: np.asarray(x, np.float64), draws)
             results = [jax.device_get(fn(*args)) for args in draws]
@@ -239,7 +239,7 @@ class ImplementationTests:
 
     def test_numerical_gradients(self, sizes_of, make_core_inputs):
         inputs = make_core_inputs(sizes_of("tiny"), 3, 4, mask="holed")
-        with jax.enable_x64(True):
+        with enable_x64(True):
             inputs = [jnp.asarray(x, jnp.float64) for x in inputs if x is not None]
             fn = jax.jit(lambda *arrays: self.outputs(*arrays, *inputs[-2:]))
             chex.assert_numerical_grads(
@@ -401,7 +401,7 @@ class ImplementationTests:
             inputs = make_core_inputs(sizes_of("tiny"), 20, 21, seed=seed)
             rng = np.random.default_rng(seed)
             masks = [np.float32(1 - 2e-5 * rng.uniform(size=n)) for n in (20, 21)]
-            with jax.enable_x64(wide):
+            with enable_x64(wide):
                 if wide:
                     inputs, masks = jax.tree.map(np.float64, (inputs, masks))
                 return jax.device_get(_mask_gradient(options)(inputs, *masks))
@@ -452,7 +452,7 @@ class ImplementationTests:
             assert not np.any(gradients["inputs_2d"][between])
 
             alone = packing.merge(run(REFERENCE, x, c) for x, c in zip(proteins, of_each))
-            with jax.enable_x64(True):
+            with enable_x64(True):
                 wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (proteins, of_each))
                 exact = packing.merge(run(REFERENCE, x, c) for x, c in zip(*wide))
             results.append((actual, alone, exact))
@@ -499,6 +499,7 @@ def slow(test):
 class TestReference(ImplementationTests):
     options: ClassVar = {"implementation": "reference"}
 
+    test_jit_equals_eager = slow(ImplementationTests.test_jit_equals_eager)
     # AF2's gradient is NaN then: infinity times zero.
     test_gradients_are_finite_however_far_masked_keys_are = None
 
@@ -535,7 +536,7 @@ class TestPallas(ImplementationTests):
         super().test_error_budget(name, compute)
 
     def test_float64(self, sizes_of, make_core_inputs):
-        with jax.enable_x64(True):
+        with enable_x64(True):
             inputs = make_core_inputs(sizes_of("tiny"), 6, 7, dtype="float64")
             with pytest.raises(NotImplementedError, match="it computes in float32, not float64"):
                 jax.eval_shape(
@@ -550,6 +551,7 @@ class TestPallas(ImplementationTests):
         ImplementationTests.test_soft_masks_have_af2s_gradient
     )
     test_masks_of_other_dtypes = slow(ImplementationTests.test_masks_of_other_dtypes)
+    test_segments_equal_each_alone = slow(ImplementationTests.test_segments_equal_each_alone)
     test_jit_equals_eager = slow(ImplementationTests.test_jit_equals_eager)
     test_vmap_equals_loop = slow(ImplementationTests.test_vmap_equals_loop)
     test_batch_equals_loop = slow(ImplementationTests.test_batch_equals_loop)

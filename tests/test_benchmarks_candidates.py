@@ -129,6 +129,7 @@ def test_results_of_the_module():
         assert row.speedup is None  # without AF2's monomer
 
 
+@pytest.mark.slow
 def test_gradients_of_the_module(monkeypatch):
     ours = candidates.ours("module", dataclasses.replace(TINY, variant="multimer"), "xla")
     monkeypatch.setattr(candidates, "all_ours", lambda *_: [ours])

@@ -16,6 +16,7 @@ import pytest
 
 from ipa_haiku import LogitScales, invariant_point_attention
 from ipa_haiku.attention.xla import cpu, forward
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.testing import assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)
@@ -47,7 +48,7 @@ def lower(fn, *args, platform="cpu"):
 
 def exact_result(inputs):
     """`value_and_gradient` in float64 and by other code."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         fn = functools.partial(value_and_gradient, implementation="reference")
         # Rounding in float64 is nothing, however little the compiler does.
@@ -102,7 +103,7 @@ def test_blocks_are_about_equally_long(num_row, bytes_per_row, block):
 
 @needs_cpu
 def test_sums_over_keys_in_parts():
-    num_part = {7: 1, 8: 4, 9: 3, 10: 2}
+    num_part = {7: 1, 8: 4, 9: 3, 10: 2, 1280: 10}
     rng = np.random.default_rng(0)
     arguments = {
         n: [rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, n), (2, n, 5))]
@@ -110,7 +111,8 @@ def test_sums_over_keys_in_parts():
     }
 
     def sums(arguments):
-        return {n: cpu.sum_over_keys(*x, jax.lax.Precision.HIGHEST) for n, x in arguments.items()}
+        highest = jax.lax.Precision.HIGHEST
+        return {n: cpu.sum_over_keys(*x, highest, may_copy=False) for n, x in arguments.items()}
 
     texts = {
         platform: lower(sums, arguments, platform=platform).as_text() for platform in PLATFORMS

@@ -20,6 +20,7 @@ from alphafold.model.geometry import Rigid3Array, Rot3Array, Vec3Array
 
 from benchmarks.structure import read_shipped
 from ipa_haiku import IPAConfig, KernelConfig, QuatAffine, folding, folding_multimer
+from ipa_haiku.jax_versions import enable_x64
 
 NOT_ZERO_INIT = types.SimpleNamespace(zero_init=False)
 NUM_DRAW = 5
@@ -139,7 +140,7 @@ def results(variant, name, geometry, num_residue=NUM_RESIDUE, float64=False):
             lambda x, rng=rng: np.float32(rng.normal(size=x.shape) / np.sqrt(x.shape[0])), shapes
         )
         arguments = (params, inputs, cotangent)
-        with jax.enable_x64(float64):
+        with enable_x64(float64):
             if float64:
                 arguments = jax.tree.map(np.float64, arguments)
             draws.append(jax.device_get(run(*arguments)))

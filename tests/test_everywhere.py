@@ -20,6 +20,7 @@ from ipa_haiku import (
     folding_multimer,
     invariant_point_attention,
 )
+from ipa_haiku.jax_versions import enable_x64
 
 N = 7
 SCALES = LogitScales(scalar=0.5, pair=1.0, total=0.6)
@@ -133,7 +134,7 @@ def test_traced_under_other_settings(what, option, pair):
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
         jax.checking_leaks(),
-        jax.enable_x64(True),  # float32 arguments, float32 results
+        enable_x64(True),  # float32 arguments, float32 results
     ):
         assert jax.eval_shape(lambda: vjp(call, numpy_arrays)) == expected
 

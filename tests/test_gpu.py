@@ -16,6 +16,7 @@ from ipa_haiku import (
     select_implementation,
 )
 from ipa_haiku.attention.pallas_triton.device import unsupported
+from ipa_haiku.jax_versions import enable_x64
 
 AF2_HEADS, AF2_PAIR_CHANNEL = 12, 128
 REASON = unsupported(AF2_HEADS, AF2_PAIR_CHANNEL, "float32")
@@ -120,7 +121,7 @@ def test_error_budget(name, problem):
     def widen(x):
         return np.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None)
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         exact = of_all_draws("reference", float64=True)
     assert_within_error_budget(
         of_all_draws("pallas", query_block), of_all_draws("reference"), exact

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import ANYWHERE, QUICKLY
+from implementations import QUICKLY, REFERENCE_IF_SLOW
 
 from ipa_haiku import LogitScales, QuatAffine, invariant_point_attention
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.testing import assert_se3_invariant, random_motion
 
 EPS = float(np.finfo(np.float32).eps)
@@ -53,9 +54,9 @@ def relative_change(actual, expected):
     return max(jax.tree.leaves(jax.tree.map(change, actual, expected)))
 
 
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_rigid_motion_in_float64(implementation, prepare):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         inputs, run = prepare("odd", implementation)
         inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), inputs)
         frames = QuatAffine.from_tensor(inputs.affine, normalize=True)
@@ -66,7 +67,7 @@ def test_rigid_motion_in_float64(implementation, prepare):
 
 
 @pytest.mark.parametrize("translation", [0, 1, 100, 1000])  # units of 10 A
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_rigid_motion_in_float32(implementation, translation, prepare):
     inputs, run = prepare("af2", implementation)
     frames = QuatAffine.from_tensor(inputs.affine)
@@ -74,7 +75,7 @@ def test_rigid_motion_in_float32(implementation, translation, prepare):
     # test above shows that nothing else does; float32 arithmetic rounds coordinates three times
     # more: those of queries, of keys and of the output points.
     moved = random_motion(KEY, translation).compose(frames)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         _, exact = prepare("af2", "reference")
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         affines = (np.asarray(x.to_tensor(), np.float64) for x in (frames, moved))
@@ -86,7 +87,7 @@ def test_rigid_motion_in_float32(implementation, translation, prepare):
 
 
 @pytest.mark.parametrize("mask", ["full", "holed"])
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_order_of_residues(implementation, mask, prepare):
     inputs, run = prepare("odd", implementation, mask=mask)
     order = np.random.default_rng(0).permutation(24)
@@ -106,7 +107,7 @@ def test_order_of_residues(implementation, mask, prepare):
     assert relative_change(actual, expected) <= 20 * EPS  # sums of 24 in another order
 
 
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_sign_of_quaternions(implementation, prepare):
     inputs, run = prepare("odd", implementation)
     sign = np.random.default_rng(0).choice([-1, 1], size=(24, 1)).astype(np.float32)
@@ -114,7 +115,7 @@ def test_sign_of_quaternions(implementation, prepare):
     jax.tree.map(np.testing.assert_array_equal, run(inputs._replace(affine=flipped)), run(inputs))
 
 
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_padding(implementation, prepare):
     inputs, run = prepare("odd", implementation, mask="padded")
     n = int(inputs.mask.sum())
@@ -136,7 +137,7 @@ def test_padding(implementation, prepare):
 @pytest.mark.parametrize(
     "frames", ["identity", "half turns", "coincident", "padded with garbage", "padded with zeros"]
 )
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 @pytest.mark.usefixtures("debug_nans")
 def test_gradients_are_finite(
     implementation, frames, mask, sizes_of, make_inputs, gradients_of_module
@@ -169,7 +170,7 @@ def gradients_of_module(sizes_of, make_inputs, make_module, make_params):
     return compile
 
 
-@pytest.mark.parametrize("implementation", ANYWHERE)
+@pytest.mark.parametrize("implementation", REFERENCE_IF_SLOW)
 def test_float16_points_far_away_count_as_what_they_are(implementation, sizes_of, make_core_inputs):
     inputs = make_core_inputs(sizes_of("odd"), 6)
     names = ("q_point", "k_point", "v_point")

@@ -10,6 +10,7 @@ import pytest
 from implementations import ANYWHERE
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
+from ipa_haiku.jax_versions import enable_x64
 
 NUM_RESIDUE, SINGLE_CHANNEL, PAIR_CHANNEL = 128, 384, 128
 
@@ -74,7 +75,7 @@ BLOCKS = pytest.mark.parametrize(("query_block", "num_kernel"), [(None, 8), (32,
 def test_kernels_are_the_default_on_an_nvidia_gpu(query_block, num_kernel, x64):
     with pretend("NVIDIA H200", "cuda"):
         apply, shapes = loss(None, query_block)
-        with jax.enable_x64(True) if x64 else contextlib.nullcontext():
+        with enable_x64(True) if x64 else contextlib.nullcontext():
             assert count_kernels(jax.grad(apply, argnums=(0, 1, 2, 4)), shapes) == num_kernel
 
 

@@ -17,6 +17,7 @@ from ipa_haiku import (
     invariant_point_attention,
 )
 from ipa_haiku.attention.types import IPAInputs
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.testing import assert_gradients_close, assert_within_error_budget
 
 EPS = float(np.finfo(np.float32).eps)
@@ -165,7 +166,7 @@ def value_and_gradients(case, implementation, draws, float64=False):
         x = np.asarray(x)
         return x if np.issubdtype(x.dtype, np.integer) else x.astype(np.float64)
 
-    with jax.enable_x64(float64):
+    with enable_x64(float64):
         draws = jax.tree.map(widen, draws) if float64 else draws
         fn = run_in_float64 if float64 else run_as_it_is
         results = [jax.device_get(fn(case.scales, implementation, *draw)) for draw in draws]
@@ -220,7 +221,7 @@ def test_reference_goes_through_the_array(form, make_pair_inputs):
 
 @pytest.mark.parametrize("form", ["rank_4", "relative"])
 def test_float64(form, make_pair_inputs):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         inputs = jax.tree.map(
             lambda x: x if x.dtype == np.int32 else jnp.asarray(x, jnp.float64),
             make_pair_inputs(form, num_query=13, mask="padded"),
@@ -266,7 +267,7 @@ def test_masks_have_af2s_gradient(make_pair_inputs):
         return jax.grad(loss, (0, 1))(*masks)
 
     # float32 keeps masks near 1 to 6e-8, and with them logits to 6e-3.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         # The penalty is 1e5 times what is missing to 1: up to 2.
         masks = [1 - 1e-5 * rng.random(len(x)) for x in (inputs.q_mask, inputs.k_mask)]

@@ -32,6 +32,7 @@ from ipa_haiku.attention.pallas_triton import core, device
 from ipa_haiku.attention.pallas_triton.common import Softmax
 from ipa_haiku.attention.pallas_triton.config import heuristic
 from ipa_haiku.attention.pallas_triton.sums import sum_over_keys
+from ipa_haiku.jax_versions import enable_x64
 
 SCALES = LogitScales(scalar=(1 / 16) ** 0.5, pair=1.0, total=(1 / 3) ** 0.5)
 INTERPRET = KernelConfig(forward_block=16, backward_block=16, tile=16, interpret=True)
@@ -74,7 +75,7 @@ def _outputs_and_gradients(options):
 def outputs_and_gradients(draws, float64=False, **options):
     """Those of all draws of inputs and cotangents, stacked."""
     run = _outputs_and_gradients(tuple(options.items()))
-    with jax.enable_x64(float64):
+    with enable_x64(float64):
         if float64:
             draws = jax.tree.map(lambda x: np.asarray(x, np.float64), draws)
         results = [jax.device_get(run(*draw)) for draw in draws]
@@ -257,7 +258,7 @@ def test_modules_run_them():
 def test_modules_use_no_kernel_for_float64(pretend):
     pretend("gpu", 90)
     assert kernels_of_a_module() == FORWARD
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert not kernels_of_a_module("float64")
         assert not kernels_of_a_module("float32")  # the frames are float64 here
 
@@ -268,7 +269,7 @@ def test_modules_use_no_kernel_for_float64(pretend):
     [
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
-        jax.enable_x64(True),
+        enable_x64(True),
         jax.checking_leaks(),
     ],
     ids=["rank_promotion", "dtype_promotion", "x64", "leaks"],

@@ -27,6 +27,7 @@ from rotations import (
 )
 
 from ipa_haiku import quat_affine as ours
+from ipa_haiku.jax_versions import enable_x64
 from ipa_haiku.quat_affine import QuatAffine
 
 # --- one table of calls, made with either module -------------------------------------------------
@@ -150,6 +151,7 @@ def test_same_bits_as_af2_without_jit(name):
     assert_same_bits(CALLS[name](ours, x), CALLS[name](af2, x))
 
 
+@pytest.mark.slow
 def test_same_gradients_as_af2():
     x = random_inputs(np.random.default_rng(1), 17)
 
@@ -288,7 +290,7 @@ def test_rot_to_quat_gradient_against_numerical_differences(name):
     rng = np.random.default_rng(5)
     rotation = rotation_matrices(random_quaternions(rng)) if name == "random" else SPECIAL[name][1]
     axis, weights, step = rng.normal(size=3), rng.normal(size=4), 1e-5
-    with jax.enable_x64(True):
+    with enable_x64(True):
         base, pullback = jax.vjp(tensor_to_quat, rotation)
         assert base.dtype == jnp.float64
         (gradient,) = pullback(weights)

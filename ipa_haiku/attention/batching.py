@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from ipa_haiku.attention.types import IPAInputs, IPAOutput, axes_of
+from ipa_haiku.jax_versions import make_varying, varying_axes
 
 
 def for_each_protein(
@@ -46,14 +47,10 @@ def as_varying(tree: Any, like: Any) -> Any:
     a gradient that does, until it is summed over the axis: JAX adds that sum where the weight is
     made varying, outside of the hand-written part. What a loop carries has to vary from the start.
     """
-    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(like)))
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
 
     def vary(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _varying_axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        missing = sorted(axes - varying_axes(x))
+        return make_varying(x, missing) if missing else x
 
     return jax.tree.map(vary, tree)
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying

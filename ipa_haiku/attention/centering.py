@@ -60,8 +60,8 @@ def _midhinges(
     segments = segments[0]
     # By comparing each with each: a bisection cannot be sharded, and nothing of N * M is written.
     first, end = (
-        jnp.searchsorted(segments, of_segment_ids, side=side, method="compare_all")
-        for side in ("left", "right")
+        jnp.sum(is_before(segments[None], of_segment_ids[:, None]), axis=1, dtype=jnp.int32)
+        for is_before in (jnp.less, jnp.less_equal)
     )
     real_before = jnp.pad(jnp.cumsum(~is_masked[0], dtype=jnp.int32), (1, 0))
     count = real_before[end] - real_before[first]

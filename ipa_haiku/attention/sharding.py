@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ipa_haiku.attention.types import IPAInputs, IPAOutput, axes_of, narrow, widen
+from ipa_haiku.jax_versions import reshard
 
 # Those of each array in a field.
 _OUTPUT_AXES = {
@@ -134,7 +135,7 @@ class RowSharding:
         """Moves `x` to where it belongs; with automatic axes, `jax.shard_map` does."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return x
-        return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
+        return reshard(x, NamedSharding(self.mesh, spec))
 
 
 def _query_axis(axes: str) -> int:

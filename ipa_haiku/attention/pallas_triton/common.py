@@ -17,6 +17,7 @@ from ipa_haiku.attention.batching import as_varying
 from ipa_haiku.attention.logits import Side
 from ipa_haiku.attention.pallas_triton.config import LEAST_BLOCK, KernelConfig
 from ipa_haiku.attention.types import LogitScales
+from ipa_haiku.jax_versions import shape_like
 
 # Mantissa bits of TF32; the bits of a float32 that it keeps, and two of it; and how many bfloat16
 # parts hold a float32.
@@ -74,12 +75,10 @@ def call(
     """
     # JAX does not find out which axes of a mesh a kernel's results vary over.
     arguments = as_varying(tuple(arguments), arguments)
-    varying = jax.typeof(jax.tree.leaves(arguments)[0]).manual_axis_type
+    first = jax.tree.leaves(arguments)[0]
     return pl.pallas_call(
         kernel,
-        out_shape=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out_shape
-        ),
+        out_shape=jax.tree.map(lambda shape: shape_like(shape, first), out_shape),
         compiler_params=plgpu.CompilerParams(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),

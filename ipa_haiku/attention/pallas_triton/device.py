@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ipa_haiku.attention.pallas_triton.config import KernelConfig
+from ipa_haiku.jax_versions import abstract_device
 
 MAX_HEAD = 32
 MAX_PAIR_CHANNEL = 256
@@ -60,19 +61,19 @@ def unsupported(
 
 
 def _backend() -> Any:
-    """Pallas's Triton backend, which JAX may do without some day; None if it does."""
+    """Pallas's Triton backend; None where JAX has none, some day, or too old a one, before 0.7."""
     try:
         from jax.experimental.pallas import triton
     except ImportError:
         return None
-    return triton
+    return triton if hasattr(triton, "load") else None
 
 
 def _without_backend() -> str | None:
     if _backend() is not None:
         return None
     version = jax.__version__
-    return f"JAX {version} has no Triton backend of Pallas (jax.experimental.pallas.triton)"
+    return f"JAX {version} has no jax.experimental.pallas.triton with loads and stores"
 
 
 def _device(mesh: Any = None) -> tuple[str, int | None]:
@@ -84,7 +85,7 @@ def _device(mesh: Any = None) -> tuple[str, int | None]:
     device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     if isinstance(device, str):
         device = jax.devices(device)[0]
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    abstract = abstract_device()
     if isinstance(mesh, jax.sharding.Mesh):
         device = mesh.devices.flat[0]
     elif abstract is not None and abstract.device_kind != device.device_kind:

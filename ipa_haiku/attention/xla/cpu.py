@@ -18,8 +18,9 @@ _BLOCK_BYTES = 4 * 2**20
 # Products over fewer rows are slower by a quarter.
 _LEAST_ROWS = 16
 
-# Parts of a sum over keys: as many as divide the number of keys.
-_PARTS = (4, 3, 2)
+# Parts of a sum over keys: so many at least, and more of so many keys.
+_LEAST_PARTS = 4
+_PART = 128
 
 
 def block_rows(num_row: int, bytes_per_row: int) -> int:
@@ -54,25 +55,34 @@ def unfused(x: jax.Array) -> jax.Array:
     return either(lambda: jax.lax.reduce_precision(x, info.nexp, info.nmant), lambda: x)
 
 
-def sum_over_keys(weights: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+def sum_over_keys(
+    weights: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike, may_copy: bool
+) -> jax.Array:
     """weights [b, m, Nk] times x [b, Nk, n], as `jnp.matmul`.
 
-    Symptom: the product runs on one core. Cause: XLA:CPU spreads a batch of products over cores
-    only where a sum follows. So it sums parts of the keys, which is more accurate, too. Effect on
-    the product of attention weights and `inputs_2d`: 45 to 25 ms at N = 512; forward pass of the
-    core 113 to 90 ms, at 256 26 to 19 ms.
+    Symptom: the product runs on one core, and from N = 200 on has three times the error of AF2's
+    sum. Cause: XLA:CPU spreads a batch of products over cores only where a sum follows, and adds
+    up the keys one by one. So this sums parts of the keys. Effect on the product of attention
+    weights and `inputs_2d`: 45 to 25 ms at N = 512; on the error of points at N = 2048, 0.8 to 0.3
+    of 1e-6. Keys that no part takes are added by themselves; without `may_copy`, as slices of `x`
+    are copies, parts take all keys, though there may be but one.
     """
+    num_key = weights.shape[-1]
+    num_part = max(_LEAST_PARTS, num_key // _PART)
+    if not may_copy:
+        num_part = next(n for n in range(num_part, 0, -1) if num_key % n == 0)
 
     def whole() -> jax.Array:
         return jnp.matmul(weights, x, precision=precision)
 
-    num_part = next((n for n in _PARTS if weights.shape[-1] % n == 0), 1)
-    if num_part == 1:
-        return whole()
-
     def in_parts() -> jax.Array:
-        parts = weights.reshape(*weights.shape[:2], num_part, -1)
-        x_parts = x.reshape(len(x), num_part, -1, x.shape[-1])
-        return jnp.sum(jnp.einsum("bmgk,bgkn->bmgn", parts, x_parts, precision=precision), axis=2)
+        split = num_key // num_part * num_part
+        parts = weights[..., :split].reshape(*weights.shape[:2], num_part, -1)
+        x_parts = x[:, :split].reshape(len(x), num_part, -1, x.shape[-1])
+        sums = jnp.matmul(jnp.swapaxes(parts, 1, 2), x_parts, precision=precision)
+        total = jnp.sum(sums, axis=1)
+        if split == num_key:
+            return total
+        return total + jnp.matmul(weights[..., split:], x[:, split:], precision=precision)
 
-    return either(in_parts, whole)
+    return whole() if num_part == 1 or num_part > num_key else either(in_parts, whole)

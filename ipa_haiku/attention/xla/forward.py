@@ -45,7 +45,7 @@ class Keys(NamedTuple):
     """All that has a row for each key."""
 
     side: Side
-    value: jax.Array  # [Nk, H, Cv + Pv*3] scalar and point values side by side
+    value: jax.Array  # [H, Nk, Cv + Pv*3] scalar and point values side by side
     pair: Any  # `PairTerm.keys`
 
 
@@ -71,8 +71,8 @@ class Softmax(NamedTuple):
 
 
 def values_of(x: IPAInputs) -> jax.Array:
-    """Scalar and point values side by side, [Nk, H, Cv + Pv*3]."""
-    return jnp.concatenate([x.v_scalar, flat(x.v_point)], axis=-1)
+    """Scalar and point values side by side, [H, Nk, Cv + Pv*3]."""
+    return jnp.swapaxes(jnp.concatenate([x.v_scalar, flat(x.v_point)], axis=-1), 0, 1)
 
 
 def softmax_of(static: Static, q: Queries, k: Keys, weights: Weights) -> Softmax:
@@ -127,13 +127,13 @@ def pair_sums(
     z, is_by_query = features(q, k, weights)
     if not is_by_query:
         return jnp.einsum("hqk,kf->qhf", weights_hqk, z, precision=static.precision)
-    return cpu.sum_over_keys(jnp.swapaxes(weights_hqk, 0, 1), z, static.precision)
+    return cpu.sum_over_keys(jnp.swapaxes(weights_hqk, 0, 1), z, static.precision, may_copy=False)
 
 
 def sums_of(static: Static, softmax: Softmax, q: Queries, k: Keys, weights: Weights) -> Sums:
     """Attention-weighted sums over keys (lines 8 to 10)."""
     # Twice as fast on a CPU as the einsum that gives [q, H, c] right away.
-    value = cpu.sum_over_keys(softmax.weights, jnp.swapaxes(k.value, 0, 1), HIGHEST)
+    value = cpu.sum_over_keys(softmax.weights, k.value, HIGHEST, may_copy=True)
     sums = Sums(jnp.swapaxes(value, 0, 1), None)
     if has_pair(q, k):
         sums = sums._replace(pair=pair_sums(static, softmax.weights, q, k, weights))
