@@ -1,6 +1,5 @@
 """What the tests of all implementations share."""
 
-import jax
 import pytest
 
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
@@ -17,7 +16,3 @@ REFERENCE_IF_SLOW = [
 # Of `jax.jit`, for what takes longer to compile than to run: half the time. Not where bits are
 # compared, or errors with what a program as users compile it makes.
 QUICKLY = {"xla_backend_optimization_level": 0}
-
-# Where `reference` was seen to agree with AF2 in every bit. Another version of XLA may fuse the two
-# programs differently.
-BIT_IDENTICAL = jax.default_backend() == "cpu" and jax.__version__ in ("0.10.2", "0.11.2")

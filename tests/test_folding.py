@@ -17,7 +17,7 @@ import pytest
 from alphafold.model import config as af2_config
 from alphafold.model import folding as af2
 from alphafold.model.quat_affine import QuatAffine as AF2QuatAffine
-from implementations import BIT_IDENTICAL, QUICKLY, REFERENCE_IF_SLOW
+from implementations import QUICKLY, REFERENCE_IF_SLOW
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine, rigid
 from ipa_haiku.attention.selection import IMPLEMENTATIONS
@@ -118,14 +118,24 @@ def test_outputs_and_gradients_are_af2s(n, mask, outputs_and_gradients):
 
 
 @pytest.mark.parametrize("n", NUM_RESIDUES)
-def test_outputs_have_af2s_bits(n, outputs_and_gradients, count_bits):
-    same = []
+def test_compiled_bits_that_are_af2s_are_counted(n, outputs_and_gradients, count_bits):
+    # XLA may fuse the two programs differently: what must hold is the test above.
     for mask in MASKS:
         (output, gradients), (af2_output, af2_gradients) = outputs_and_gradients(n, mask)
-        same.append(count_bits("outputs", output, af2_output))
-        for group, expected in af2_gradients.items():  # only counted
+        count_bits("outputs", output, af2_output)
+        for group, expected in af2_gradients.items():
             count_bits("groups of gradients", gradients[group], expected)
-    assert all(same) or not BIT_IDENTICAL
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_operation_by_operation_outputs_have_af2s_bits(
+    mask, sizes_of, make_inputs, make_module, make_params
+):
+    sizes = sizes_of("af2")
+    inputs = make_inputs(sizes, 17, mask=mask)
+    theirs, ours = af2_module(sizes), make_module(sizes, implementation="reference")
+    params = make_params(theirs, *inputs)
+    np.testing.assert_array_equal(ours.apply(params, *inputs), theirs.apply(params, *inputs))
 
 
 # --- parameters ----------------------------------------------------------------------------------

@@ -1,7 +1,14 @@
-"""Puts the modules of this package into an installed AlphaFold, ColabFold or ColabDesign."""
+"""Puts the modules of this package into an installed AlphaFold, ColabFold or ColabDesign.
+
+In a program of one's own by `use_in_alphafold`; in a command-line program, and in the processes
+that it starts, by
+
+    python -m ipa_haiku.alphafold [--package PACKAGE] [--implementation NAME] PROGRAM ARGUMENTS...
+"""
 
 import contextlib
 import importlib
+import inspect
 import types
 from typing import Any
 
@@ -12,9 +19,17 @@ _CLASS = "InvariantPointAttention"
 _TWINS = {"folding": folding, "folding_multimer": folding_multimer}
 
 
-def use_in_alphafold(
-    implementation: str | None = None, package: str = "alphafold"
-) -> contextlib.ExitStack:
+class Swap(contextlib.ExitStack):
+    """What `use_in_alphafold` did; leaving it, or its `close()`, undoes that.
+
+    Attributes:
+      swapped: the variant, "monomer" or "multimer", by the path of the module it was put into.
+    """
+
+    swapped: dict[str, str]
+
+
+def use_in_alphafold(implementation: str | None = None, package: str = "alphafold") -> Swap:
     """Makes AF2's structure modules use the `InvariantPointAttention` of this package.
 
     Call it once, or use it in a `with` statement to have AF2's own classes back after it:
@@ -31,21 +46,55 @@ def use_in_alphafold(
         than AlphaFold-Multimer, `<package>.model.folding_multimer`.
 
     Returns:
-      A context manager; leaving it, or its `close()`, restores what was there before. Undo several
-      calls in reverse order.
+      `Swap`, a context manager; leaving it, or its `close()`, restores what was there before. Undo
+      several calls in reverse order.
 
     Raises:
       ModuleNotFoundError: if there is no such package.
       ImportError: if it has no copy of AF2's modules.
+      TypeError: if a class there takes other arguments than AF2's.
       ValueError: if there is no such implementation.
     """
     select_implementation((1, 1, 1), implementation=implementation)  # is there such a one?
     modules = _structure_modules(package)
-    restore = contextlib.ExitStack()
     for name, module in modules.items():
+        _check_arguments(module, name)
+    restore = Swap()
+    restore.swapped = {}
+    for module in modules.values():
         restore.callback(setattr, module, _CLASS, getattr(module, _CLASS))
-        setattr(module, _CLASS, _with_implementation(getattr(_TWINS[name], _CLASS), implementation))
+        restore.swapped[module.__name__] = swap(module, implementation)
     return restore
+
+
+def swap(module: types.ModuleType, implementation: str | None) -> str:
+    """Replaces the class in one of AF2's modules, and returns its variant.
+
+    Raises:
+      TypeError: if the class there takes other arguments than AF2's.
+    """
+    name = module.__name__.rpartition(".")[2]
+    _check_arguments(module, name)
+    setattr(module, _CLASS, _with_implementation(getattr(_TWINS[name], _CLASS), implementation))
+    return "multimer" if name == "folding_multimer" else "monomer"
+
+
+def _check_arguments(module: types.ModuleType, name: str) -> None:
+    """Asserts that our class takes all arguments that the one in AF2's module takes."""
+    theirs, ours = getattr(module, _CLASS), getattr(_TWINS[name], _CLASS)
+    for method in ("__init__", "__call__"):
+        known, taken = (_arguments(x, method) for x in (ours, theirs))
+        if unknown := [argument for argument in taken if argument not in known]:
+            raise TypeError(
+                f"{module.__name__}.{_CLASS} takes {', '.join(unknown)}, which AlphaFold 2's does "
+                "not: this copy's layer is another one."
+            )
+
+
+def _arguments(module_class: type, method: str) -> list[str]:
+    """Names of what a method takes by name."""
+    parameters = inspect.signature(getattr(module_class, method)).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _with_implementation(module_class: type, implementation: str | None) -> type:
