@@ -202,7 +202,7 @@ def test_programs_and_their_workers(make_package, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('the one there was')")
     options = ["--package", "workfold", str(tmp_path / "program.py"), "--fast", "x"]
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "ipa_haiku.alphafold", *options],
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "ipa_haiku.alphafold", *options],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -347,11 +347,11 @@ def no_triton(monkeypatch):
 def test_without_the_triton_backend_xla_is_the_default(kernel_config, pretend, no_triton):
     pretend("gpu", 90)
     select = functools.partial(select_implementation, (12, 64, 64), kernel_config=kernel_config)
-    with pytest.raises(NotImplementedError, match="has no Triton backend of Pallas"):
+    with pytest.raises(NotImplementedError, match="has no jax.experimental.pallas.triton"):
         select(implementation="pallas")
     selection = select()
     assert selection.implementation == "xla"
-    assert "has no Triton backend of Pallas" in selection.reason
+    assert "has no jax.experimental.pallas.triton" in selection.reason
 
 
 def test_importing_the_library_imports_no_pallas():
