@@ -1,13 +1,13 @@
-"""Keys and shapes of the module's parameters in OpenFold and ESMFold."""
+"""Keys and shapes of the module's parameters in OpenFold and what shares its names."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Set
+from typing import Literal
 
 import numpy as np
 
 from ipa_haiku.parameter_shapes import ANY_SIZES, Variant, shapes_of
 
-Layout = Literal["openfold", "esmfold"]
+Layout = Literal["openfold", "esmfold", "unifold", "ibex"]
 
 # OpenFold's names of our projections.
 _LINEAR: dict[str, str] = {
@@ -28,51 +28,36 @@ KINDS: tuple[tuple[Variant, Layout], ...] = (
     ("monomer", "openfold"),
     ("monomer", "esmfold"),
     ("multimer", "openfold"),
+    ("multimer", "unifold"),
+    ("monomer", "ibex"),
 )
+# What has no bias in Ibex.
+_UNBIASED = {"linear_q", "linear_kv", "linear_q_points", "linear_kv_points", "linear_b"}
 
 
-def find_prefix(tensors: Mapping[str, Any]) -> str:
-    """What comes before `head_weights`, of which there is to be one.
+def kind_of(keys: Set[str], start: str) -> tuple[Variant, Layout]:
+    """The kind of module that has most of these keys, and of those the one that lacks fewest."""
 
-    Raises:
-      KeyError: if there is none, or more than one.
-    """
-    keys = [key for key in tensors if key.rpartition(".")[2] == "head_weights"]
-    if len(keys) != 1:
-        raise KeyError(f"one key head_weights expected, found {keys}")
-    return keys[0].removesuffix("head_weights")
+    def fit(kind: tuple[Variant, Layout]) -> tuple[int, int]:
+        expected = keys_of(*kind, start).values()
+        return len(keys & set(expected)), -len(expected)
 
-
-def start_of(prefix: str) -> str:
-    """What keys begin with, for a `prefix` with or without a dot at its end."""
-    return f"{prefix.removesuffix('.')}." if prefix else ""
+    return max(KINDS, key=fit)
 
 
 def keys_of(variant: Variant, layout: Layout, start: str) -> dict[str, str]:
-    """Our keys of all parameters and OpenFold's."""
+    """Our keys of all parameters that the layout has, and its own."""
     names = {}
     for key in shapes_of(variant, ANY_SIZES):
         child, _, name = key.partition("//")
         linear = _LINEAR.get(child, "")
+        if layout == "ibex" and name == "bias" and linear in _UNBIASED:
+            continue
         if layout == "openfold" and linear.endswith("_points"):
             linear += ".linear"
         name = {"weights": "weight"}.get(name, name)
         names[key] = start + (f"{linear}.{name}" if child else "head_weights")
     return names
-
-
-def to_numpy(key: str, tensor: Any) -> np.ndarray:
-    """An array of NumPy, JAX or torch as NumPy's.
-
-    Raises:
-      TypeError: naming the key, if NumPy cannot hold it.
-    """
-    try:
-        if hasattr(tensor, "detach"):  # torch's, on any device
-            tensor = tensor.detach().cpu().numpy()
-        return np.asarray(tensor)
-    except TypeError as error:
-        raise TypeError(f"{key}: {error}") from error
 
 
 def from_linear(x: np.ndarray, name: str, shape: tuple[int, ...], num_head: int) -> np.ndarray:
@@ -89,6 +74,6 @@ def from_linear(x: np.ndarray, name: str, shape: tuple[int, ...], num_head: int)
 
 
 def to_linear(x: np.ndarray, key: str) -> np.ndarray:
-    """The inverse of `_from_linear`."""
+    """The inverse of `from_linear`."""
     inputs = x.shape[: key.endswith("//weights")]
     return np.array(x.reshape(*inputs, -1).T, order="C")

@@ -6,7 +6,7 @@ Keys are what follows the module's scope in `<scope>//<name>`: `/q_scalar//weigh
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -101,13 +101,9 @@ def check_module(
     variant = max(
         get_args(Variant), key=lambda v: len(shapes_of(v, ANY_SIZES).keys() & module.keys())
     )
-    ranks = {key: len(shape) for key, shape in shapes_of(variant, ANY_SIZES).items()}
-    check_keys({label(key) for key in module}, {label(key) for key in ranks})
-    for key, x in module.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{label(key)} must be floating-point, got {x.dtype}.")
-        if x.ndim != ranks[key]:
-            raise ValueError(f"{label(key)} must have {ranks[key]} dimensions, got {x.shape}.")
+    expected = shapes_of(variant, ANY_SIZES)
+    check_keys({label(key) for key in module}, {label(key) for key in expected})
+    check_ranks(module, expected, label)
     sizes = _sizes(variant, module)
     if config is not None:
         sizes = sizes._replace(config=config)
@@ -123,6 +119,30 @@ def check_keys(found: Set[str], expected: Set[str]) -> None:
     missing, superfluous = sorted(expected - found), sorted(found - expected)
     if missing or superfluous:
         raise KeyError(f"parameters of the module: missing {missing}, superfluous {superfluous}")
+
+
+def check_ranks(
+    module: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    label: Callable[[str], str],
+) -> None:
+    """Raises a ValueError for an array that is not floating-point or has not so many dimensions."""
+    for key, x in module.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{label(key)} must be floating-point, got {x.dtype}.")
+        if x.ndim != len(expected[key]):
+            raise ValueError(
+                f"{label(key)} must have {len(expected[key])} dimensions, got {x.shape}."
+            )
+
+
+def check_zero(
+    module: Mapping[str, np.ndarray], keys: Iterable[str], label: Callable[[str], str]
+) -> None:
+    """Raises a ValueError that tells which of these are not zero, if any are not."""
+    wrong = [label(key) for key in sorted(keys) if np.any(module[key] != 0)]
+    if wrong:
+        raise ValueError(f"the layout has no place for {wrong}, which are not zero.")
 
 
 def check_shapes(

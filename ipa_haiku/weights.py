@@ -1,4 +1,4 @@
-"""Parameters from and to AlphaFold 2's .npz files, OpenFold and ESMFold.
+"""Parameters from and to AlphaFold 2's .npz files, OpenFold, ESMFold and what has their names.
 
 Parameters are Haiku's, `{scope: {name: array}}`; those read or converted are NumPy arrays, so that
 no bit changes on the way. An .npz file of AF2 holds them flat, under keys `<scope>//<name>`. Every
@@ -25,8 +25,10 @@ from ipa_haiku.parameter_shapes import (
     check_keys,
     check_module,
     check_shapes,
+    check_zero,
     shapes_of,
 )
+from ipa_haiku.state_dict import start_of, take_module
 
 Params = dict[str, dict[str, Any]]
 ParamsLike = Mapping[str, Mapping[str, Any]]
@@ -254,12 +256,17 @@ def from_openfold(
     *,
     name: str = "invariant_point_attention",
 ) -> Params:
-    """Converts OpenFold's or ESMFold's tensors to parameters of `InvariantPointAttention`.
+    """Converts the tensors of OpenFold and its kin to parameters of `InvariantPointAttention`.
+
+    Reads OpenFold, ESMFold, Genie, Genie 2, FastFold, Uni-Fold's monomer and multimer, and Ibex,
+    whose projections of residues and pairs may have no biases: then they are zeros. Uni-Fold adds
+    1e-12 to squared norms, as the monomer does with `dist_epsilon=1e-12`; the norms of the multimer
+    are within 5e-13 / norm of that.
 
     Args:
       tensors: a state dict of the module or of a whole model; NumPy arrays, torch tensors or
-        anything that NumPy converts. Both spellings are read: `linear_q_points.weight` (ESMFold
-        and OpenFold 1) and `linear_q_points.linear.weight` (OpenFold 2, monomer and multimer).
+        anything that NumPy converts. Both spellings are read: `linear_q_points.weight` (ESMFold,
+        OpenFold 1, Uni-Fold) and `linear_q_points.linear.weight` (OpenFold 2).
       prefix: of the module's keys, such as `trunk.structure_module.ipa`; None means the only place
         with `head_weights`.
       name: scope of the module in the result.
@@ -270,26 +277,22 @@ def from_openfold(
     Raises:
       KeyError: if there is no such module, or naming what is missing or superfluous in it.
       TypeError: naming a tensor that NumPy cannot hold, such as one of torch's bfloat16.
-      ValueError: naming what has a wrong shape or dtype.
+      ValueError: naming what has a wrong shape or dtype, or if the state dict is nested.
     """
-    start = (
-        openfold_layout.find_prefix(tensors) if prefix is None else openfold_layout.start_of(prefix)
-    )
-    theirs = {
-        key: openfold_layout.to_numpy(key, x) for key, x in tensors.items() if key.startswith(start)
-    }
-    candidates = {kind: openfold_layout.keys_of(*kind, start) for kind in openfold_layout.KINDS}
-    variant, layout = max(
-        candidates, key=lambda kind: len(theirs.keys() & candidates[kind].values())
-    )
-    names = candidates[variant, layout]
+    start, theirs = take_module(tensors, prefix, "head_weights")
+    variant, layout = openfold_layout.kind_of(theirs.keys(), start)
+    names = openfold_layout.keys_of(variant, layout, start)
     check_keys(theirs.keys(), set(names.values()))
     num_head = max(theirs[names[POINT_WEIGHTS]].size, 1)  # none at all is refused below
-    module = {
-        key: openfold_layout.from_linear(theirs[names[key]], names[key], shape, num_head)
-        for key, shape in shapes_of(variant, ANY_SIZES).items()
-    }
-    check_module(module, lambda key: f"{names[key]}, transposed,")
+    module: dict[str, np.ndarray] = {}
+    for key, shape in shapes_of(variant, ANY_SIZES).items():
+        if key in names:
+            x = openfold_layout.from_linear(theirs[names[key]], names[key], shape, num_head)
+        else:
+            weights = module[key.replace("//bias", "//weights")]
+            x = np.zeros(weights.shape[1:], weights.dtype)
+        module[key] = x
+    check_module(module, lambda key: f"{names.get(key, key)}, transposed,")
     return _unflatten({name + key: x for key, x in module.items()})
 
 
@@ -300,20 +303,22 @@ def to_openfold(
     prefix: str = "",
     layout: Layout = "openfold",
 ) -> dict[str, np.ndarray]:
-    """Converts parameters of `InvariantPointAttention` to OpenFold's or ESMFold's tensors.
+    """Converts parameters of `InvariantPointAttention` to tensors of OpenFold and its kin.
 
     Args:
       params: Haiku parameters of a model, or of the module alone.
       scope: of the module in `params`; None means the only one there is.
       prefix: of the keys of the result, such as `trunk.structure_module.ipa`.
-      layout: "openfold" for the keys of OpenFold 2, "esmfold" for those of ESMFold and OpenFold 1.
+      layout: "openfold" for the keys of OpenFold 2, "esmfold" for those of ESMFold, OpenFold 1 and
+        Uni-Fold's monomer, "unifold" for Uni-Fold's multimer, "ibex" for Ibex without biases.
 
     Returns:
       A state dict of NumPy arrays, the inverse of `from_openfold`.
 
     Raises:
       KeyError: as in `extract_module`.
-      ValueError: likewise, or if the layout has no module of this variant or these sizes.
+      ValueError: likewise, or if the layout has no module of this variant or these sizes, or no
+        place for a bias that is not zero.
     """
     module = _module(params, scope)
     if (module.variant, layout) not in openfold_layout.KINDS:
@@ -324,7 +329,8 @@ def to_openfold(
             "OpenFold's values have as many scalar channels as its queries, and its outputs as "
             f"inputs_1d, got {c} and {c_s} channels of inputs_1d."
         )
-    names = openfold_layout.keys_of(module.variant, layout, openfold_layout.start_of(prefix))
+    names = openfold_layout.keys_of(module.variant, layout, start_of(prefix))
+    check_zero(module.arrays, module.arrays.keys() - names.keys(), module.scope.__add__)
     return {
         theirs: openfold_layout.to_linear(module.arrays[key], key) for key, theirs in names.items()
     }

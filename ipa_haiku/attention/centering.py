@@ -36,11 +36,6 @@ def center(
       [..., 1, 3], or [..., M, 3] with segments, without gradient; zero where all are masked.
     """
     points = jax.lax.stop_gradient(points)
-    if segment_ids is None:
-        segment_ids = jnp.zeros(mask.shape, jnp.int32)
-        of_segment_ids = segment_ids[..., :1]
-    elif of_segment_ids is None:
-        of_segment_ids = segment_ids
     find = _midhinges
     for _ in range(mask.ndim - 1):
         find = jax.vmap(find)
@@ -48,26 +43,28 @@ def center(
 
 
 def _midhinges(
-    points: jax.Array, is_real: jax.Array, segment_ids: jax.Array, of_segment_ids: jax.Array
+    points: jax.Array,
+    is_real: jax.Array,
+    segment_ids: jax.Array | None,
+    of_segment_ids: jax.Array | None,
 ) -> jax.Array:
-    """Midhinges [M, 3] of points [N, 3] by segment."""
-    # Axis by axis sorted by segment, in it the real ones first, those by coordinate.
-    segments = jnp.broadcast_to(segment_ids, (3, *segment_ids.shape))
-    is_masked = jnp.broadcast_to(~is_real, segments.shape)
-    segments, is_masked, sorted_points = jax.lax.sort(
-        (segments, is_masked, points.T), dimension=1, num_keys=3
-    )
-    segments = segments[0]
-    # By comparing each with each: a bisection cannot be sharded, and nothing of N * M is written.
-    first, end = (
-        jnp.sum(is_before(segments[None], of_segment_ids[:, None]), axis=1, dtype=jnp.int32)
-        for is_before in (jnp.less, jnp.less_equal)
-    )
-    real_before = jnp.pad(jnp.cumsum(~is_masked[0], dtype=jnp.int32), (1, 0))
-    count = real_before[end] - real_before[first]
+    """Midhinges [M, 3] of points [N, 3] by segment, M = 1 without segments."""
+    # Axis by axis sorted by segment, in it by coordinate, the masked ones last.
+    coordinates = jnp.where(is_real[:, None], points, jnp.inf).T
+    if segment_ids is None:
+        coordinates = jnp.sort(coordinates, axis=1)
+        first, count = jnp.zeros(1, jnp.int32), jnp.sum(is_real, dtype=jnp.int32)[None]
+    else:
+        segments = jnp.broadcast_to(segment_ids, (3, *segment_ids.shape))
+        _, coordinates = jax.lax.sort((segments, coordinates), dimension=1, num_keys=2)
+        # By comparing each with each: a bisection cannot be sharded, and no [M, N] is written.
+        of = (segment_ids if of_segment_ids is None else of_segment_ids)[:, None]
+        first = jnp.sum(segment_ids[None] < of, axis=1, dtype=jnp.int32)
+        is_counted = (segment_ids[None] == of) & is_real[None]
+        count = jnp.sum(is_counted, axis=1, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
     low, high = (
-        sorted_points[:, jnp.minimum(first + i, points.shape[0] - 1)]
+        coordinates[:, jnp.minimum(first + i, points.shape[0] - 1)]
         for i in (last // 4, last - last // 4)
     )
     # Halved before the sum, which then does not overflow.
