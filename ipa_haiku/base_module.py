@@ -40,6 +40,8 @@ class BaseInvariantPointAttention(hk.Module):
         global_config: Any = None,
         dist_epsilon: float = 1e-8,
         name: str = "invariant_point_attention",
+        *,
+        zero_init: bool | None = None,
         **options: Any,
     ):
         """Sets up the module; the first four arguments are AF2's.
@@ -52,6 +54,7 @@ class BaseInvariantPointAttention(hk.Module):
             monomer adds it to squared norms (squared units of translation), the multimer takes
             it as the smallest norm (units of translation).
           name: Haiku module name.
+          zero_init: whether the output starts as zero; None for what `global_config` says.
           **options: how to compute, keyword arguments of `invariant_point_attention`:
             `implementation`, `precision` (also of the module's own matrix products, but those that
             make points), `query_block`, `memory_budget`, `sharding`, `kernel_config`.
@@ -64,7 +67,9 @@ class BaseInvariantPointAttention(hk.Module):
         super().__init__(name=name)
         self.config = as_config(config)
         self.global_config = global_config
-        self._zero_init = True if global_config is None else global_config.zero_init
+        if zero_init is None:
+            zero_init = True if global_config is None else global_config.zero_init
+        self._zero_init = zero_init
         self._dist_epsilon = dist_epsilon
         self._options = Options(**options)
 

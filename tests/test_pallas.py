@@ -347,7 +347,7 @@ def no_triton(monkeypatch):
 def test_without_the_triton_backend_xla_is_the_default(kernel_config, pretend, no_triton):
     pretend("gpu", 90)
     select = functools.partial(select_implementation, (12, 64, 64), kernel_config=kernel_config)
-    with pytest.raises(NotImplementedError, match="has no jax.experimental.pallas.triton"):
+    with pytest.raises(NotImplementedError, match=r"has no jax\.experimental\.pallas\.triton"):
         select(implementation="pallas")
     selection = select()
     assert selection.implementation == "xla"

@@ -37,7 +37,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# What follows the README's example: other numbers, through the same program, and on one device.
+# What follows the docs' example: other numbers, through the same program, and on one device.
 COMPARISON = """
 from jax.experimental.multihost_utils import process_allgather
 from ipa_haiku.testing import random_frames
@@ -71,7 +71,7 @@ print("equal", np.max(np.abs(local[0])))
 
 @pytest.mark.slow
 def test_the_readmes_example_in_two_processes():
-    readme = (TESTS.parent / "README.md").read_text()
+    readme = (TESTS.parent / "docs" / "devices.md").read_text()
     (example,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
     address = f"127.0.0.1:{free_port()}"
     processes = []
