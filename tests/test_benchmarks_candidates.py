@@ -193,6 +193,7 @@ def test_structure_module_runs_with_our_attention_in_it(structure_problem, monke
 
     original, made, init = folding.InvariantPointAttention, [], InvariantPointAttention.__init__
 
+    @functools.wraps(init)
     def recorded(self, config, *args, **kwargs):
         made.append(config.num_head)
         init(self, config, *args, **kwargs)
