@@ -170,7 +170,10 @@ def test_what_was_swapped_is_told():
 
 def test_a_class_with_other_arguments_is_refused(make_package):
     make_package("otherfold", folding=CLASS, folding_multimer=OTHER_CLASS)
-    with pytest.raises(TypeError, match=r"folding_multimer\.Inv.* takes dropout, which"):
+    with pytest.raises(
+        TypeError,
+        match="__init__ takes self, config, global_config, dropout, where",
+    ):
         use_in_alphafold(package="otherfold")
     module = importlib.import_module("otherfold.model.folding")
     assert not issubclass(module.InvariantPointAttention, hk.Module)
@@ -200,7 +203,7 @@ def test_programs_and_their_workers(make_package, tmp_path):
     make_package("workfold", folding=CLASS, folding_multimer=CLASS)
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "sitecustomize.py").write_text("print('the one there was')")
-    options = ["--package", "workfold", str(tmp_path / "program.py"), "--fast", "x"]
+    options = ["--package", "workfold", str(tmp_path / "program.py"), "--fast", "--", "x"]
     result = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-m", "ipa_haiku.alphafold", *options],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
@@ -212,7 +215,7 @@ def test_programs_and_their_workers(make_package, tmp_path):
     assert lines.count("ipa_haiku.folding") == 3, result
     # The program, its two workers and the process that only starts it.
     assert lines.count("the one there was") >= 4
-    assert lines[-1] == "['--fast', 'x']"
+    assert lines[-1] == "['--fast', '--', 'x']"
     assert result.stderr.count("ipa_haiku runs in workfold.model.folding of process") == 3
     assert result.returncode == 3
 
@@ -222,7 +225,7 @@ def test_programs_and_their_workers(make_package, tmp_path):
     [
         (["no_such_command"], "there is no command 'no_such_command'"),
         (["--implementation", "cuda", "x.py"], "implementation must be None or one of"),
-        ([], "the following arguments are required: program"),
+        ([], "a program is needed"),
     ],
 )
 def test_a_program_that_cannot_run_is_named(options, message, monkeypatch, capsys):
@@ -230,3 +233,21 @@ def test_a_program_that_cannot_run_is_named(options, message, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main()
     assert message in capsys.readouterr().err
+
+
+def test_a_program_without_alphafold_is_told(tmp_path):
+    (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:])")
+    command = [sys.executable, "-m", "ipa_haiku.alphafold", str(tmp_path / "program.py"), "x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "['x']\n"
+    assert "imported no alphafold.model.folding" in result.stderr
+
+
+def test_no_device_is_asked_for():
+    program = """if True:
+        import jax
+        from ipa_haiku.alphafold import use_in_alphafold
+        use_in_alphafold("pallas")
+        assert not jax._src.xla_bridge.backends_are_initialized()
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -13,7 +13,7 @@ import types
 from typing import Any
 
 from ipa_haiku import folding, folding_multimer
-from ipa_haiku.attention.selection import select_implementation
+from ipa_haiku.attention.selection import check_name
 
 _CLASS = "InvariantPointAttention"
 _TWINS = {"folding": folding, "folding_multimer": folding_multimer}
@@ -55,7 +55,7 @@ def use_in_alphafold(implementation: str | None = None, package: str = "alphafol
       TypeError: if a class there takes other arguments than AF2's.
       ValueError: if there is no such implementation.
     """
-    select_implementation((1, 1, 1), implementation=implementation)  # is there such a one?
+    check_name(implementation)
     modules = _structure_modules(package)
     for name, module in modules.items():
         _check_arguments(module, name)
@@ -80,21 +80,24 @@ def swap(module: types.ModuleType, implementation: str | None) -> str:
 
 
 def _check_arguments(module: types.ModuleType, name: str) -> None:
-    """Asserts that our class takes all arguments that the one in AF2's module takes."""
+    """Asserts that there is a class in AF2's module, and that ours takes its arguments."""
+    if not hasattr(module, _CLASS):
+        raise ImportError(f"{module.__name__} has no {_CLASS}.", name=module.__name__)
     theirs, ours = getattr(module, _CLASS), getattr(_TWINS[name], _CLASS)
     for method in ("__init__", "__call__"):
         known, taken = (_arguments(x, method) for x in (ours, theirs))
-        if unknown := [argument for argument in taken if argument not in known]:
+        # A class that names none, as one that hands all on, tells nothing.
+        if taken != known[: len(taken)]:
             raise TypeError(
-                f"{module.__name__}.{_CLASS} takes {', '.join(unknown)}, which AlphaFold 2's does "
-                "not: this copy's layer is another one."
+                f"{module.__name__}.{_CLASS}.{method} takes {', '.join(taken)}, where AlphaFold "
+                f"2's takes {', '.join(known)}: this copy's layer is another one."
             )
 
 
 def _arguments(module_class: type, method: str) -> list[str]:
-    """Names of what a method takes by name."""
+    """Names of what a method takes by position."""
     parameters = inspect.signature(getattr(module_class, method)).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _with_implementation(module_class: type, implementation: str | None) -> type:
@@ -127,6 +130,4 @@ def _structure_modules(package: str) -> dict[str, types.ModuleType]:
                 "copy of AlphaFold 2's modules (package='alphafold' is the default).",
                 name=error.name,
             ) from error
-        if not hasattr(modules[name], _CLASS):
-            raise ImportError(f"{path} has no {_CLASS}.", name=path)
     return modules

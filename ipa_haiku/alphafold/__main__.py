@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ipa_haiku.attention.selection import select_implementation
+from ipa_haiku.attention.selection import check_name
 
 
 def main() -> int:
-    """Runs a program with the modules of this package in its AlphaFold; returns its exit status."""
+    """Becomes the program, or on Windows runs it and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ipa_haiku.alphafold",
         description="Runs a program that uses AlphaFold 2 with this package's Invariant Point "
@@ -19,29 +19,33 @@ def main() -> int:
     )
     parser.add_argument("--package", default="alphafold", help="that has AlphaFold's modules")
     parser.add_argument("--implementation", help="of the attention core")
-    parser.add_argument("program", help="a command, or a .py file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER, help="a command, or a .py file, and its arguments"
+    )
     options = parser.parse_args()
     try:
-        select_implementation((1, 1, 1), implementation=options.implementation)
-    except (ValueError, NotImplementedError) as error:
+        check_name(options.implementation)
+    except ValueError as error:
         parser.error(str(error))
-    command = [options.program]
-    if options.program.endswith(".py"):
-        command = [sys.executable, options.program]
-    elif shutil.which(options.program) is None:
-        parser.error(f"there is no command {options.program!r}.")
+    if not options.program:
+        parser.error("a program is needed.")
+    command = options.program
+    if command[0].endswith(".py"):
+        command = [sys.executable, *command]
+    elif shutil.which(command[0]) is None:
+        parser.error(f"there is no command {command[0]!r}.")
     hook = str(Path(__file__).parent / "import_hook")
     path = os.pathsep.join(filter(None, [hook, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "IPA_HAIKU_PACKAGE": options.package}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "IPA_HAIKU_PACKAGE": options.package,
+        "IPA_HAIKU_STARTER": str(os.getpid()),
+    }
     if options.implementation is not None:
         environment["IPA_HAIKU_IMPLEMENTATION"] = options.implementation
-    process = subprocess.Popen([*command, *options.arguments], env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the program has it, too, and ends as it likes
-            pass
+    if os.name != "nt":  # so that the program gets all signals; on Windows nobody would wait for it
+        os.execvpe(command[0], command, environment)
+    return subprocess.call(command, env=environment)
 
 
 if __name__ == "__main__":

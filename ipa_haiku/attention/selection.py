@@ -125,15 +125,24 @@ def select_implementation(
     return select(Options(**options), shape, pair_channel, dtype)
 
 
+def check_name(implementation: str | None) -> None:
+    """Asserts that there is such an implementation; asks for no device.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, "
+            f"got {implementation!r}."
+        )
+
+
 def select(
     options: Options, shape: tuple[int, ...], pair_channel: int | None, dtype: Any
 ) -> Selection:
     """`select_implementation` for `Options`."""
-    if options.implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, "
-            f"got {options.implementation!r}."
-        )
+    check_name(options.implementation)
     if len(shape) < 3:
         raise ValueError(f"shape must be [..., H, Nq, Nk], got {shape}.")
     if options.sharding is not None:

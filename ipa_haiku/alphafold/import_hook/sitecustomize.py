@@ -4,6 +4,7 @@ That is so in the program it starts and in all Python processes which that one s
 imported here but Python's own modules: most processes never import AlphaFold.
 """
 
+import atexit
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -38,6 +39,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds AlphaFold's modules as the other finders do."""
 
     def __init__(self, package: str, implementation: str | None):
+        self.found = False
         self._names = [f"{package}.model.{name}" for name in ("folding", "folding_multimer")]
         self._implementation = implementation
 
@@ -45,8 +47,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in self._names:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find and find(name, path, target)
+            if spec:
+                self.found = True
                 spec.loader = _SwapAfter(spec.loader, self._implementation)
                 return spec
         return None
@@ -60,8 +64,22 @@ def _run_the_next_sitecustomize() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def _put_into(package: str) -> None:
+    finder = _Finder(package, os.environ.get("IPA_HAIKU_IMPLEMENTATION"))
+    sys.meta_path.insert(0, finder)
+
+    def tell() -> None:
+        if not finder.found:
+            print(
+                f"ipa_haiku: this program's own process imported no {package}.model.folding; "
+                "processes that did said so.",
+                file=sys.stderr,
+            )
+
+    if os.environ.get("IPA_HAIKU_STARTER") == str(os.getpid()):
+        atexit.register(tell)
+
+
 if "IPA_HAIKU_PACKAGE" in os.environ:
-    sys.meta_path.insert(
-        0, _Finder(os.environ["IPA_HAIKU_PACKAGE"], os.environ.get("IPA_HAIKU_IMPLEMENTATION"))
-    )
+    _put_into(os.environ["IPA_HAIKU_PACKAGE"])
 _run_the_next_sitecustomize()
