@@ -28,8 +28,8 @@ def from_framediff(
     D sum_j a_ij z_ij + d: D and d go into the output projection, each head's pair rows becoming
     W @ D and its bias gaining the sum over heads of W @ d. The outputs are those of that module,
     with 2.6 times fewer multiplications per pair at its sizes. The fold has no inverse, so there is
-    no `to_framediff`, and `down_z` is not to be trained apart from it. It is computed in float64 and
-    rounded once to the dtype of `linear_out`.
+    no `to_framediff`, and `down_z` is not to be trained apart from it. It is computed in float64,
+    and rounded once to the dtype of `linear_out`.
 
     FrameDiff's translations are multiplied by 0.1, which makes AF2's units of 10 A of A. What
     MultiFlow may do in training (dropout of attention weights) or after the softmax (its
