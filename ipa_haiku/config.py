@@ -55,6 +55,7 @@ class IPAConfig:
         Raises:
           ValueError: if the table is missing, a size in it is unknown, missing or not a positive
             integer, naming the file.
+          ModuleNotFoundError: on Python 3.10 without the package tomli.
         """
         table = read_toml(path).get("ipa")
         if table is None:
