@@ -14,7 +14,7 @@ except ImportError:  # before 0.8
 def varying_axes(x: Any) -> frozenset[str]:
     """Axes of a mesh that an array varies over, as JAX follows them inside of `jax.shard_map`.
 
-    `jax.typeof(x).vma` before 0.10.2.
+    `jax.typeof(x).vma` up to 0.9.
     """
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
@@ -39,7 +39,7 @@ def shape_like(shape: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeSt
 
 
 def abstract_device() -> Any:
-    """The device that a program is lowered for without having it; None, and so before 0.7."""
+    """The device that a program is lowered for without having it; None, and so before 0.7.2."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 

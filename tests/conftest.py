@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from alphafold.model import folding as af2_folding
+from alphafold.model import folding_multimer as af2_folding_multimer
+from variants import AF2_CLASSES, classes_in_use
 
 from ipa_haiku import InvariantPointAttention, IPAConfig, QuatAffine
 from ipa_haiku.attention.types import IPAInputs
@@ -156,6 +159,14 @@ def _module(sizes, *, implementation=None, zero_init=False, **call_options):
         return module(inputs_1d, inputs_2d, mask, frames, **call_options)
 
     return hk.without_apply_rng(hk.transform(call))
+
+
+@pytest.fixture
+def af2_is_left_as_it_was():
+    yield
+    in_use = classes_in_use()
+    af2_folding.InvariantPointAttention, af2_folding_multimer.InvariantPointAttention = AF2_CLASSES
+    assert in_use == AF2_CLASSES
 
 
 @pytest.fixture(scope="session")

@@ -25,19 +25,7 @@ from ipa_haiku.alphafold import use_in_alphafold
 from ipa_haiku.jax_versions import enable_x64
 
 FAST = [name for name in ANYWHERE if name != "reference"]
-AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
-
-
-def classes_in_use():
-    return folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
-
-
-@pytest.fixture(autouse=True)
-def af2_is_left_as_it_was():
-    yield
-    in_use = classes_in_use()
-    folding.InvariantPointAttention, folding_multimer.InvariantPointAttention = AF2_CLASSES
-    assert in_use == AF2_CLASSES
+pytestmark = pytest.mark.usefixtures("af2_is_left_as_it_was")
 
 
 # --- the structure module ------------------------------------------------------------------------

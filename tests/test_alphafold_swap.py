@@ -7,26 +7,14 @@ import sys
 
 import haiku as hk
 import pytest
-from alphafold.model import folding, folding_multimer
+from variants import AF2_CLASSES, classes_in_use
 
 import ipa_haiku
 import ipa_haiku.folding_multimer
 from ipa_haiku.alphafold import use_in_alphafold
 from ipa_haiku.alphafold.__main__ import main
 
-AF2_CLASSES = folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
-
-
-def classes_in_use():
-    return folding.InvariantPointAttention, folding_multimer.InvariantPointAttention
-
-
-@pytest.fixture(autouse=True)
-def af2_is_left_as_it_was():
-    yield
-    in_use = classes_in_use()
-    folding.InvariantPointAttention, folding_multimer.InvariantPointAttention = AF2_CLASSES
-    assert in_use == AF2_CLASSES
+pytestmark = pytest.mark.usefixtures("af2_is_left_as_it_was")
 
 
 def assert_ours(implementation):

@@ -17,6 +17,13 @@ VARIANTS = ["monomer", "multimer"]
 NAME = "invariant_point_attention"
 SCOPE = f"alphafold/alphafold_iteration/structure_module/fold_iteration/{NAME}"
 
+
+def classes_in_use():
+    """Those of AF2's two modules, ours while they are swapped."""
+    return af2_folding.InvariantPointAttention, af2_folding_multimer.InvariantPointAttention
+
+
+AF2_CLASSES = classes_in_use()
 AF2_MODULES = {
     "monomer": (
         af2_folding.InvariantPointAttention,

@@ -61,7 +61,7 @@ def unsupported(
 
 
 def _backend() -> Any:
-    """Pallas's Triton backend; None where JAX has none, some day, or too old a one, before 0.7."""
+    """Pallas's Triton backend; None where JAX has none some day, or one too old, up to 0.7.0."""
     try:
         from jax.experimental.pallas import triton
     except ImportError:

@@ -60,12 +60,12 @@ def sum_over_keys(
 ) -> jax.Array:
     """weights [b, m, Nk] times x [b, Nk, n], as `jnp.matmul`.
 
-    Symptom: the product runs on one core, and from N = 200 on has three times the error of AF2's
-    sum. Cause: XLA:CPU spreads a batch of products over cores only where a sum follows, and adds
-    up the keys one by one. So this sums parts of the keys. Effect on the product of attention
-    weights and `inputs_2d`: 45 to 25 ms at N = 512; on the error of points at N = 2048, 0.8 to 0.3
-    of 1e-6. Keys that no part takes are added by themselves; without `may_copy`, as slices of `x`
-    are copies, parts take all keys, though there may be but one.
+    Symptom: the product runs on one core, and at N = 257 points have 2.5 times the error of
+    `reference`. Cause: XLA:CPU spreads a batch of products over cores only where a sum follows, and
+    adds up the keys one by one. So this sums parts of the keys. Effect on the product of attention
+    weights and `inputs_2d`: 45 to 25 ms at N = 512; on that error: 1.1 times. Keys that no part
+    takes are added by themselves; without `may_copy`, as slices of `x` are copies, parts take all
+    keys, though there may be but one.
     """
     num_key = weights.shape[-1]
     num_part = max(_LEAST_PARTS, num_key // _PART)
